@@ -1,0 +1,110 @@
+"""The records that every dataset becomes: `Message`, `PreferencePair`, `Example`; wrong ones can't be made.
+
+A prompt or a completion is a `Text`: plain text, or a tuple of messages. One record never mixes the two.
+"Empty" means: nothing but blanks. `where` is the `path:line` that a record came from, and begins its errors.
+"""
+
+import math
+from dataclasses import dataclass
+
+from xalign.errors import DataError
+
+ROLES = ("system", "user", "assistant", "tool")
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a conversation. Raises `DataError` for an unknown role or a content that isn't text."""
+
+    role: str
+    content: str
+
+    def __post_init__(self) -> None:
+        if self.role not in ROLES:
+            raise DataError(f"unknown role {self.role!r}; allowed: {', '.join(ROLES)}")
+        _check_text(self.content, f"the content of the {self.role}'s message")
+
+
+Text = str | tuple[Message, ...]
+
+
+@dataclass(frozen=True)
+class PreferencePair:
+    """A prompt and two completions of it, the better one first.
+
+    All three are strings, or all three are tuples of messages; then `chosen` and `rejected` hold one assistant
+    message each. The prompt may be empty, a completion not. `margin` says by how much chosen is better, or None.
+    """
+
+    prompt: Text
+    chosen: Text
+    rejected: Text
+    margin: float | None = None
+    where: str = ""
+
+    def __post_init__(self) -> None:
+        _check_kinds(self.where, prompt=self.prompt, chosen=self.chosen, rejected=self.rejected)
+        for name, side in (("chosen", self.chosen), ("rejected", self.rejected)):
+            if isinstance(side, tuple) and [message.role for message in side] != ["assistant"]:
+                roles = ", ".join(message.role for message in side) or "none"
+                raise _error(self.where, f"{name!r} must be one assistant message, not: {roles}")
+            if is_empty(side):
+                raise _error(self.where, f"{name!r} is an empty completion")
+        if self.margin is not None and not math.isfinite(self.margin):
+            raise _error(self.where, f"'margin' must be a finite number, not {self.margin}")
+
+    @property
+    def identical(self) -> bool:
+        """Whether chosen and rejected are the same text, which teaches nothing."""
+        return self.chosen == self.rejected
+
+
+@dataclass(frozen=True)
+class Example:
+    """Something to imitate: `completion` is learnt, `prompt` is only read.
+
+    A plain document has the prompt "" and is learnt whole. In a conversation every assistant turn of `completion` is
+    learnt and none of `prompt`; a `messages` record has the prompt () and all its messages as the completion.
+    """
+
+    prompt: Text
+    completion: Text
+    where: str = ""
+
+    def __post_init__(self) -> None:
+        _check_kinds(self.where, prompt=self.prompt, completion=self.completion)
+        if is_empty(self.completion):
+            what = "has no assistant turn with any text" if isinstance(self.completion, tuple) else "is empty"
+            raise _error(self.where, f"the completion {what}")
+
+
+def is_empty(text: Text) -> bool:
+    """Whether a completion is blank; of messages, whether every assistant turn is."""
+    if isinstance(text, str):
+        return not text.strip()
+    return not any(message.content.strip() for message in text if message.role == "assistant")
+
+
+def _check_kinds(where: str, **texts: Text) -> None:
+    """Raise unless all are strings, or all are tuples of messages."""
+    for name, text in texts.items():
+        if isinstance(text, str):
+            _check_text(text, repr(name), where)
+        elif not isinstance(text, tuple) or not all(isinstance(message, Message) for message in text):
+            raise _error(where, f"{name!r} must be text or a tuple of messages, not {type(text).__name__}")
+    if len({type(text) for text in texts.values()}) > 1:
+        kinds = ", ".join(f"{name!r} is {'text' if isinstance(text, str) else 'messages'}" for name, text in texts.items())
+        raise _error(where, f"text and messages are mixed: {kinds}")
+
+
+def _check_text(text: str, name: str, where: str = "") -> None:
+    if not isinstance(text, str):
+        raise _error(where, f"{name} must be text, not {type(text).__name__}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise _error(where, f"{name} holds half a character (a lone surrogate) at position {error.start}") from None
+
+
+def _error(where: str, what: str) -> DataError:
+    return DataError(f"{where}: {what}" if where else what)

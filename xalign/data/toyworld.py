@@ -1,0 +1,476 @@
+"""The embedded world: short stories from a grammar, preferences over them, and the *known* reward behind those.
+
+A **prompt** introduces a hero, a friend, a thing and a place; a **story** goes on from it, beginning with one space:
+
+    Once there was a shy fox called Mia who lived by the lake. One morning she and her friend Tom the owl found a kite.
+     Suddenly, the owl fell into a deep hole. At once Mia helped him. ... From then on, Mia and Tom were never apart.
+
+The same shapes (`toywords`) are used to write and to read: each is compiled to a pattern, a sentence is parsed into who
+did what to whom, and pronouns are resolved, so `is_well_formed`, `is_consistent` and `gold_reward` take any text at all
+and never raise. Since the reward is known, an aligned model can be measured against the truth instead of a judge.
+
+Only `Random.random` is drawn from, which Python keeps the same between versions: a seed gives the same bytes anywhere.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from pathlib import Path
+from random import Random
+from typing import TypeVar
+
+from .toywords import (
+    ANIMALS,
+    FEMALE_NAMES,
+    MALE_NAMES,
+    PLACES,
+    PROMPT_SHAPES,
+    PROMPT_WORDS,
+    SHAPES,
+    THINGS,
+    WORDS,
+)
+
+CORE_KINDS = ("trouble", "deed", "gift", "ending")  # every story has one of each; "words" and "scene" are extras
+MAX_SENTENCES = 6
+REWARD_RANGE = (-8.0, 5.0)
+LABEL_SCALE = 1.0  # P(a preferred to b) = sigmoid(LABEL_SCALE * (gold(a) - gold(b)))
+
+_NAMES = FEMALE_NAMES + MALE_NAMES
+_PRONOUNS = {"he": ("he", "she"), "him": ("him", "her"), "his": ("his", "her"), "self": ("himself", "herself")}
+_FEMALE_WORDS, _MALE_WORDS = {"she", "her", "herself"}, {"he", "him", "his", "himself"}
+_SLOT = re.compile(r"\{([^{}]+)\}")
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class Being:
+    """The hero or the friend."""
+
+    name: str
+    animal: str
+
+    @property
+    def female(self) -> bool:
+        return self.name in FEMALE_NAMES
+
+    def pronoun(self, form: str) -> str:
+        """`form` is one of he, him, his, self."""
+        return _PRONOUNS[form][self.female]
+
+
+@dataclass(frozen=True)
+class Cast:
+    """What a prompt introduces."""
+
+    hero: Being
+    friend: Being
+    thing: str
+    place: str
+
+
+@dataclass(frozen=True)
+class Sentence:
+    """One sentence of the grammar, before anybody is known: its mentions are (role, form, words) in order."""
+
+    kind: str
+    sign: int  # +1 kind, -1 unkind, 0 neither
+    mentions: tuple[tuple[str, str, str], ...]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A sentence read beside its prompt. `sentence` is None if the grammar can't write it; `actor` and `other` are
+    None if it has none, or if it does not agree with the prompt."""
+
+    sentence: Sentence | None
+    agrees: bool
+    actor: Being | None = None
+    other: Being | None = None
+
+
+# --- patterns: shapes compiled for reading ------------------------------------------------------------------------
+
+
+def _signed(shapes: Iterable[str]) -> list[tuple[str, int]]:
+    """Every shape once with the kind and once with the unkind half of its `±` slot, if it has one."""
+    return [
+        (shape.replace("±", half), sign)
+        for shape in shapes
+        for half, sign in ((("+", 1), ("-", -1)) if "±" in shape else (("", 0),))
+    ]
+
+
+def _pattern(shape: str, words: Mapping[str, Sequence[str]]) -> tuple[re.Pattern[str], list[tuple[str, str]]]:
+    """A shape's regular expression, and the (role, form) of each of its groups. Nouns have the role "thing", "place"."""
+    groups: list[tuple[str, str]] = []
+    beings = _NAMES + ["the " + animal for animal in ANIMALS]
+    mentions: dict[str, Sequence[str]] = {
+        "s": [*beings, "he", "she"], "o": [*beings, "him", "her"], "n": beings, "name": _NAMES, "animal": ANIMALS,
+        **_PRONOUNS,
+    }  # fmt: skip
+    nouns = {"thing": THINGS, "place": list(PLACES), "lived": list(PLACES.values())}
+
+    def group(role: str, form: str, options: Sequence[str]) -> str:
+        groups.append((role, form))
+        return "(" + "|".join(map(re.escape, options)) + ")"
+
+    def slots(text: str) -> str:
+        pieces = _SLOT.split(text)  # literal, slot, literal, slot, ..., literal
+        return "".join(slot(piece) if i % 2 else re.escape(piece) for i, piece in enumerate(pieces))
+
+    def slot(name: str) -> str:
+        role, _, form = name.partition(":")
+        if form:
+            return group(role, form, mentions[form])
+        if name in nouns:
+            return group(name, name, nouns[name])
+        return "(?:" + "|".join(slots(option) for option in words[name]) + ")"
+
+    return re.compile(slots(shape)), groups
+
+
+def _match(
+    text: str, pattern: re.Pattern[str], groups: list[tuple[str, str]]
+) -> tuple[tuple[str, str, str], ...] | None:
+    if text[:1].islower():
+        return None  # a sentence begins with a capital or a quotation mark
+    for candidate in (text, text[:1].lower() + text[1:]):  # as it is for names, lowered for the rest
+        if found := pattern.fullmatch(candidate):
+            return tuple((r, f, w) for (r, f), w in zip(groups, found.groups(), strict=True) if w is not None)
+    return None
+
+
+@cache
+def _patterns() -> list[tuple[str, int, re.Pattern[str], list[tuple[str, str]]]]:
+    return [(kind, sign, *_pattern(shape, WORDS)) for kind in SHAPES for shape, sign in _signed(SHAPES[kind])]
+
+
+@cache
+def _prompt_patterns() -> list[list[tuple[re.Pattern[str], list[tuple[str, str]]]]]:
+    return [[_pattern(shape, PROMPT_WORDS) for shape in shapes] for shapes in PROMPT_SHAPES]
+
+
+# --- reading ------------------------------------------------------------------------------------------------------
+
+
+def split_sentences(text: str) -> list[str]:
+    """The sentences of a text, each with its full stop if it has one; no sentence holds ". " inside."""
+    text = text.strip()
+    if not text:
+        return []
+    pieces = text.split(". ")
+    return [piece + "." for piece in pieces[:-1]] + pieces[-1:]
+
+
+@lru_cache(maxsize=65536)
+def read_sentence(text: str) -> Sentence | None:
+    """Parse one sentence, or None if the grammar can't write it."""
+    for kind, sign, pattern, groups in _patterns():
+        mentions = _match(text, pattern, groups)
+        if mentions is not None:
+            return Sentence(kind, sign, mentions)
+    return None
+
+
+@lru_cache(maxsize=65536)
+def read_prompt(prompt: str) -> Cast | None:
+    """Whom and what a prompt introduces, or None if the grammar can't write it."""
+    sentences = split_sentences(prompt) if isinstance(prompt, str) else []
+    if len(sentences) != len(PROMPT_SHAPES) or prompt != prompt.strip():
+        return None
+    found: list[tuple[str, str, str]] = []
+    for sentence, patterns in zip(sentences, _prompt_patterns(), strict=True):
+        mentions = next((m for pattern in patterns if (m := _match(sentence, *pattern)) is not None), None)
+        if mentions is None:
+            return None
+        found.extend(mentions)
+    first = {(role, form): words for role, form, words in reversed(found)}
+    hero = Being(first["A", "name"], first["A", "animal"])
+    friend = Being(first["B", "name"], first["B", "animal"])
+    place = next(noun for noun, lived in PLACES.items() if lived == first["lived", "lived"])
+    agree = all(words == {"A": hero, "B": friend}[role].pronoun(form) for role, form, words in found if form in _PRONOUNS)
+    if not agree or hero.name == friend.name or hero.animal == friend.animal:
+        return None
+    return Cast(hero, friend, first["thing", "thing"], place)
+
+
+def _fits(form: str, words: str, being: Being, subject: Being | None) -> bool:
+    if words in _NAMES:
+        return words == being.name
+    if words.startswith("the "):
+        return words == "the " + being.animal
+    if form == "s" and being != subject:  # he and she at the head of a sentence: the last sentence's subject
+        return False
+    return words in (_FEMALE_WORDS if being.female else _MALE_WORDS)
+
+
+def _resolve(sentence: Sentence, cast: Cast, subject: Being | None) -> Reading:
+    nouns = {"thing": cast.thing, "place": cast.place}
+    beings = [mention for mention in sentence.mentions if mention[0] not in nouns]
+    if any(nouns[role] != words for role, _, words in sentence.mentions if role in nouns):
+        return Reading(sentence, False)
+    if not beings:
+        return Reading(sentence, True)
+    for actor, other in ((cast.hero, cast.friend), (cast.friend, cast.hero)):
+        if all(_fits(form, words, actor if role == "A" else other, subject) for role, form, words in beings):
+            return Reading(sentence, True, actor, other)
+    return Reading(sentence, False)
+
+
+def read_story(prompt: str, story: str) -> list[Reading]:
+    """Parse a story sentence by sentence beside its prompt: who did what to whom, and whether it agrees. Any text."""
+    cast = read_prompt(prompt)
+    readings: list[Reading] = []
+    subject: Being | None = None
+    for text in split_sentences(story) if isinstance(story, str) else []:
+        sentence = read_sentence(text)
+        if sentence is None or cast is None:
+            readings.append(Reading(sentence, False))
+            subject = None
+            continue
+        reading = _resolve(sentence, cast, subject)
+        readings.append(reading)
+        role = next((role for role, form, _ in sentence.mentions if form == "s"), None)
+        subject = {None: None, "A": reading.actor, "B": reading.other}[role]
+    return readings
+
+
+def is_well_formed(prompt: str, story: str) -> bool:
+    """Whether a text is one to `MAX_SENTENCES` sentences, each of which the grammar can write. White space around the
+    story is ignored. It doesn't look at the prompt, which is an argument so that both checks are called alike."""
+    readings = read_story(prompt, story)
+    return 1 <= len(readings) <= MAX_SENTENCES and all(reading.sentence is not None for reading in readings)
+
+
+def is_consistent(prompt: str, story: str) -> bool:
+    """Whether everything that a text mentions is what the prompt introduced.
+
+    Names, animals, things and places must be the prompt's, and so must any other capitalised word inside a sentence. In
+    a sentence of the grammar each pronoun must agree with its antecedent, and the two roles must be two beings; in any
+    other sentence, a pronoun must fit one of the two. At least two such agreements are needed, so that a text about
+    nobody does not pass. Independent of `is_well_formed`; False for a prompt that the grammar can't write.
+    """
+    cast = read_prompt(prompt)
+    if cast is None or not isinstance(story, str):
+        return False
+    beings = (cast.hero, cast.friend)
+    names = {being.name for being in beings}
+    known = {being.animal for being in beings} | {cast.thing, cast.place}
+    pronouns = set().union(*(_FEMALE_WORDS if being.female else _MALE_WORDS for being in beings))
+    agreements = 0
+    for sentence in split_sentences(story):
+        for i, word in enumerate(re.findall(r"\"?[^\W\d_]+", sentence)):
+            plain = word.strip('"')
+            if plain in _NAMES or (plain[0].isupper() and i and plain == word and plain != "I"):
+                right = plain in names
+            elif plain.lower() in _NOUNS:
+                right = plain.lower() in known
+            elif plain.lower() in _FEMALE_WORDS | _MALE_WORDS:
+                right = plain.lower() in pronouns
+            else:
+                continue
+            if not right:
+                return False
+            agreements += 1
+    return agreements >= 2 and all(reading.agrees for reading in read_story(prompt, story) if reading.sentence)
+
+
+_NOUNS = {*ANIMALS, *THINGS, *PLACES}
+
+
+# --- the gold reward ----------------------------------------------------------------------------------------------
+
+
+def reward_parts(prompt: str, story: str) -> dict[str, float]:
+    """The parts of `gold_reward`, which is their sum within `REWARD_RANGE`:
+
+    - `deed`, relational: +2 if the hero does the friend good, +1 if the friend does the hero good, -1 if the friend
+      does the hero harm, -2 if the hero does the friend harm; who acted is read through passives and pronouns;
+    - `gift`, relational: the same four with half the weight, for what becomes of the thing; +½ or -½ for what they do
+      with it together;
+    - `ending`: +1 for a happy one, -1 for a sad one; `home`: +½ if it comes back to the prompt's place;
+    - `words`: +½ for friendly words, -½ for hard ones, 0 for none;
+    - `faults`: -1 for each sentence that the grammar can't write or that disagrees with the prompt (which earns nothing
+      either), for each sentence beyond the first of its kind, and for each of the `CORE_KINDS` that is missing.
+
+    Several sentences of a kind count with their mean, and an extra one is a fault: neither length nor repetition pays.
+    """
+    cast = read_prompt(prompt)
+    readings = read_story(prompt, story)
+    good = [(reading, reading.sentence) for reading in readings if reading.sentence and reading.agrees]
+    values: dict[str, list[float]] = {}
+    for reading, sentence in good:
+        by_hero = cast is not None and reading.actor == cast.hero
+        weight = 1.0
+        if sentence.kind in ("deed", "gift"):
+            weight = 1.0 if reading.actor is None else 2.0 if by_hero else 1.0
+        if sentence.kind == "gift" or sentence.kind == "words":
+            weight /= 2
+        values.setdefault(sentence.kind, []).append(weight * sentence.sign)
+        if sentence.kind == "ending":
+            home = any(role == "place" for role, _, _ in sentence.mentions)
+            values.setdefault("home", []).append(0.5 * home)
+    kinds = {sentence.kind for _, sentence in good}
+    faults = len(readings) - len(kinds) + sum(kind not in kinds for kind in CORE_KINDS)
+    parts = {name: sum(v) / len(v) for name in ("deed", "gift", "ending", "home", "words") for v in [values.get(name, [0.0])]}
+    return parts | {"faults": -float(faults)}
+
+
+def gold_reward(prompt: str, story: str) -> float:
+    """The known reward of a story, in [-8, 5]: the sum of `reward_parts`, defined for any text, and never raising.
+
+    Stories of the grammar lie in [-5, 5] with mean about 0.2; an empty text scores -4, gibberish less.
+    """
+    low, high = REWARD_RANGE
+    return min(high, max(low, sum(reward_parts(prompt, story).values())))
+
+
+def preference_probability(prompt: str, first: str, second: str) -> float:
+    """P(`first` is preferred) under Bradley and Terry's model: sigmoid(LABEL_SCALE * gold difference)."""
+    return 1 / (1 + math.exp(-LABEL_SCALE * (gold_reward(prompt, first) - gold_reward(prompt, second))))
+
+
+def preference_limit(pairs: Iterable[Mapping[str, str]]) -> float:
+    """The accuracy that no model can pass but by luck on pairs labelled here: the mean of max(p, 1 - p).
+
+    `pairs` are mappings with prompt, chosen and rejected. Raises ValueError if there are none.
+    """
+    ps = [preference_probability(pair["prompt"], pair["chosen"], pair["rejected"]) for pair in pairs]
+    if not ps:
+        raise ValueError("no pairs: the limit of an empty set is undefined")
+    return sum(max(p, 1 - p) for p in ps) / len(ps)
+
+
+# --- writing ------------------------------------------------------------------------------------------------------
+
+
+def _pick(rng: Random, options: Sequence[_T]) -> _T:
+    return options[int(rng.random() * len(options))]
+
+
+def _write(shape: str, words: Mapping[str, Sequence[str]], rng: Random, slot: Callable[[str], str]) -> str:
+    """Fill a shape: word classes are drawn, every other slot is asked for. The first letter is raised."""
+
+    def fill(text: str) -> str:
+        return _SLOT.sub(lambda m: fill(_pick(rng, words[m[1]])) if m[1] in words else slot(m[1]), text)
+
+    text = fill(shape)
+    return text[0].upper() + text[1:]
+
+
+def sample_prompt(rng: Random) -> str:
+    """Draw a prompt: two sentences, no space at either end."""
+    hero = Being(_pick(rng, _NAMES), _pick(rng, ANIMALS))
+    friend = Being(
+        _pick(rng, [name for name in _NAMES if name != hero.name]),
+        _pick(rng, [animal for animal in ANIMALS if animal != hero.animal]),
+    )
+    nouns = {"thing": _pick(rng, THINGS), "lived": _pick(rng, list(PLACES.values()))}
+
+    def slot(name: str) -> str:
+        role, _, form = name.partition(":")
+        if not form:
+            return nouns[name]
+        being = hero if role == "A" else friend
+        return {"name": being.name, "animal": being.animal}.get(form) or being.pronoun(form)
+
+    return " ".join(_write(_pick(rng, shapes), PROMPT_WORDS, rng, slot) for shapes in PROMPT_SHAPES)
+
+
+def sample_story(prompt: str, rng: Random) -> str:
+    """Draw a story for a prompt of the grammar: a leading space, four or five sentences.
+
+    Mostly the one in trouble is the one to whom the deed is done, and mostly a kind deed has a happy ending; all else is
+    drawn evenly. Raises ValueError if the grammar can't write the prompt.
+    """
+    cast = read_prompt(prompt)
+    if cast is None:
+        raise ValueError(f"not a prompt of the toy world: {prompt!r}")
+    beings = (cast.hero, cast.friend)
+    subject: Being | None = None
+
+    def sentence(kind: str, actor: Being, sign: int) -> str:
+        nonlocal subject
+        shape = _pick(rng, SHAPES[kind]).replace("±", "+" if sign > 0 else "-")
+        other = beings[actor == cast.hero]
+        before, subject = subject, None
+
+        def slot(name: str) -> str:
+            nonlocal subject
+            role, _, form = name.partition(":")
+            if not form:
+                return {"thing": cast.thing, "place": cast.place}[name]
+            being = actor if role == "A" else other
+            chance = rng.random()
+            if form == "s":
+                subject = being
+                if being == before and chance < 0.5:
+                    return being.pronoun("he")
+            if form == "o" and chance < 0.5 and cast.hero.female != cast.friend.female:
+                return being.pronoun("him")
+            if form in _PRONOUNS:
+                return being.pronoun(form)
+            return being.name if form == "name" or chance < 0.75 else "the " + being.animal
+
+        return _write(shape, WORDS, rng, slot)
+
+    def either(chance: float) -> int:
+        return 1 if rng.random() < chance else -1
+
+    sufferer = _pick(rng, beings)
+    helper = beings[sufferer == cast.hero] if either(0.75) > 0 else sufferer
+    sign = either(0.5)
+    story = [sentence("trouble", sufferer, 0), sentence("deed", helper, sign)]
+    extra = _pick(rng, ("", "words", "words", "scene"))
+    at_end = rng.random() < 0.5
+    if extra and not at_end:
+        story.append(sentence(extra, _pick(rng, beings), either(0.5)))
+    story.append(sentence("gift", _pick(rng, beings), either(0.5)))
+    if extra and at_end:
+        story.append(sentence(extra, _pick(rng, beings), either(0.5)))
+    story.append(sentence("ending", _pick(rng, beings), either(0.65 if sign > 0 else 0.35)))
+    return " " + " ".join(story)
+
+
+def sample_pair(prompt: str, rng: Random) -> dict[str, str]:
+    """Draw two different stories for a prompt and a noisy label: {"prompt", "chosen", "rejected"}."""
+    first = second = sample_story(prompt, rng)
+    while second == first:
+        second = sample_story(prompt, rng)
+    if rng.random() >= preference_probability(prompt, first, second):
+        first, second = second, first
+    return {"prompt": prompt, "chosen": first, "rejected": second}
+
+
+def write_dataset(
+    folder: str | Path, *, seed: int = 7, documents: int = 10_000, train_pairs: int = 4_000, test_pairs: int = 500
+) -> None:
+    """Write corpus.txt (one prompt + story a line), train.jsonl and test.jsonl into a folder, which is made if needed.
+
+    No two lines of the three files share a prompt, so the test prompts are held out. The same arguments give the same
+    bytes on any machine and any version of Python.
+    """
+    rng = Random(seed)
+    seen: set[str] = set()
+
+    def new_prompt() -> str:
+        while (prompt := sample_prompt(rng)) in seen:
+            pass
+        seen.add(prompt)
+        return prompt
+
+    def pairs(count: int) -> list[str]:
+        return [json.dumps(sample_pair(new_prompt(), rng), ensure_ascii=False) for _ in range(count)]
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    corpus = [prompt + sample_story(prompt, rng) for prompt in (new_prompt() for _ in range(documents))]
+    files = {"corpus.txt": corpus, "train.jsonl": pairs(train_pairs), "test.jsonl": pairs(test_pairs)}
+    for name, lines in files.items():
+        (folder / name).write_bytes(("\n".join(lines) + "\n").encode("utf-8"))

@@ -1,0 +1,41 @@
+"""The errors that xalign raises for a user's mistake; the programs print them as one line and exit with status 2.
+
+Each inherits the builtin that a caller would expect, so that library code can be wrapped in plain
+`except ValueError` as well. Broken invariants of our own are `assert`s, never one of these.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class XalignError(Exception):
+    """Something outside xalign (data, a file, a flag) is wrong; the message says what and what is allowed."""
+
+
+class DataError(XalignError, ValueError):
+    """A record, dataset or text can't be used; the message starts with `path:line` where there is one."""
+
+
+class ConfigError(XalignError, ValueError):
+    """A setting has a value that is not allowed."""
+
+
+class CheckpointError(XalignError, OSError):
+    """A checkpoint or run folder can't be read, written or used."""
+
+
+class UnknownOption(XalignError, TypeError):
+    """A keyword argument that does not exist."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Give `, did you mean 'x'?` for the known name closest to `name`, or an empty string."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f", did you mean {close[0]!r}?" if close else ""
+
+
+def reject_unknown(where: str, unknown: Iterable[str], known: Iterable[str]) -> None:
+    """Raise `UnknownOption` for the first of `unknown`, naming its nearest neighbour among `known`."""
+    known = list(known)
+    for name in unknown:
+        raise UnknownOption(f"{where} has no option {name!r}{nearest(name, known)}")

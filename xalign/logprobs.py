@@ -1,0 +1,47 @@
+"""Log-probabilities of tokens: the one place of the next-token shift, the loss mask and the fp32 log-sum-exp."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def token_logprobs(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Log-probability of each next token, nats, fp32: logits (b, n, v), tokens (b, n) -> (b, n - 1).
+
+    Column t holds log p(tokens[t + 1] | tokens[: t + 1]); the softmax is fp32 whatever the logits' dtype.
+    """
+    if logits.shape[:2] != tokens.shape:
+        raise ValueError(f"logits are {tuple(logits.shape)} but tokens {tuple(tokens.shape)}, allowed is (b, n, v) and (b, n)")
+    if logits.shape[1] < 2:
+        return logits.new_zeros(logits.shape[0], 0, dtype=torch.float32)
+    with torch.autocast(logits.device.type, enabled=False):
+        flat = F.cross_entropy(logits[:, :-1].reshape(-1, logits.shape[-1]).float(), tokens[:, 1:].reshape(-1),
+                               reduction="none")
+    return -flat.view(tokens.shape[0], -1)
+
+
+def compact(mask: Tensor, *tensors: Tensor) -> list[Tensor]:
+    """Move each row's real columns to the left in their order, padding to the right: (b, n) each.
+
+    A causal model then needs no mask, and a token's predecessor is always the real one before it.
+    """
+    order = torch.sort((~mask).to(torch.uint8), dim=1, stable=True).indices
+    return [t.gather(1, order) for t in (mask, *tensors)]
+
+
+def scored_logprobs(model: nn.Module, tokens: Tensor, loss_mask: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Per-token log-probabilities of one forward pass and which of them are scored, both (b, n - 1).
+
+    `loss_mask` (b, n) is True on tokens to score and `mask` (b, n) on real ones (None: all). Padding may lie
+    anywhere and have any id. A row's first real token has nothing before it and is never scored.
+    """
+    if mask is not None:
+        mask, tokens, loss_mask = compact(mask.bool(), tokens, loss_mask.bool())
+        tokens, loss_mask = tokens.masked_fill(~mask, 0), loss_mask & mask
+    return token_logprobs(model(tokens), tokens), loss_mask[:, 1:].bool()
+
+
+def sequence_logprobs(model: nn.Module, tokens: Tensor, loss_mask: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Log-probability of the scored tokens of each row, summed over loss_mask[:, 1:], nats, fp32: (b,)."""
+    logps, scored = scored_logprobs(model, tokens, loss_mask, mask)
+    return logps.masked_fill(~scored, 0.0).sum(1)

@@ -1,0 +1,177 @@
+"""Causal attention with grouped-query heads, rotary positions, and the two kinds of key/value cache."""
+
+import math
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+
+class Cache(Protocol):
+    """Keys and values of the tokens that came before; `length` slots of which `mask` tells the real ones."""
+
+    length: int
+    mask: Tensor | None
+
+    def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]: ...
+    def advance(self, mask: Tensor | None, n: int) -> "Cache": ...
+
+
+class Prefix:
+    """An immutable cache: running tokens after it gives a new one, and gradients flow through it.
+
+    Keys and values are (p, k, n, e) a layer, `mask` (p, n) is True on real tokens, None if all are.
+    b = p * s rows may continue p prefixes: each prefix then serves s neighbouring rows.
+    """
+
+    def __init__(self, keys: list[Tensor], values: list[Tensor], mask: Tensor | None, length: int):
+        self.keys, self.values, self.mask, self.length = keys, values, mask, length
+        self._grown: list[tuple[Tensor, Tensor]] = []
+
+    @classmethod
+    def empty(cls) -> "Prefix":
+        return cls([], [], None, 0)
+
+    def branch(self, rows: int) -> "Prefix":
+        """A view of this prefix for `rows` continuing rows; it collects their keys, this one never changes."""
+        if not self.length:
+            return Prefix([], [], None, 0)
+        p = self.keys[0].shape[0]
+        if rows % p:
+            raise ValueError(f"{rows} rows can't continue {p} prefixes, allowed is a multiple of {p}")
+        if rows == p:
+            return Prefix(self.keys, self.values, self.mask, self.length)
+        keys, values = ([t.repeat_interleave(rows // p, 0) for t in ts] for ts in (self.keys, self.values))
+        mask = None if self.mask is None else self.mask.repeat_interleave(rows // p, 0)
+        return Prefix(keys, values, mask, self.length)
+
+    def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        if self.length:
+            keys = torch.cat((self.keys[layer], keys), -2)
+            values = torch.cat((self.values[layer], values), -2)
+        self._grown.append((keys, values))
+        return keys, values
+
+    def advance(self, mask: Tensor | None, n: int) -> "Prefix":
+        keys, values = (list(t) for t in zip(*self._grown, strict=True))
+        return Prefix(keys, values, mask, self.length + n)
+
+
+class DecodeBuffer:
+    """A preallocated cache that is written in place, under no_grad; keys and values (b, k, capacity, e) a layer."""
+
+    def __init__(self, layers: int, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device):
+        self.keys = [torch.empty(shape, dtype=dtype, device=device) for _ in range(layers)]
+        self.values = [torch.empty(shape, dtype=dtype, device=device) for _ in range(layers)]
+        self.capacity, self.length = shape[2], 0
+        self.mask: Tensor | None = None
+
+    def branch(self, rows: int) -> "DecodeBuffer":
+        if rows != self.keys[0].shape[0]:
+            raise ValueError(f"{rows} rows, but this decode buffer holds {self.keys[0].shape[0]}")
+        if torch.is_grad_enabled():
+            raise RuntimeError("a decode buffer is written in place: use it under torch.no_grad()")
+        return self
+
+    def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        end = self.length + keys.shape[-2]
+        if end > self.capacity:
+            raise ValueError(f"{end} tokens, but this decode buffer has room for {self.capacity}")
+        k, v = self.keys[layer], self.values[layer]
+        k[:, :, self.length : end], v[:, :, self.length : end] = keys, values
+        return k[:, :, :end], v[:, :, :end]
+
+    def advance(self, mask: Tensor | None, n: int) -> "DecodeBuffer":
+        self.mask, self.length = mask, self.length + n
+        return self
+
+    def reorder(self, rows: Tensor, start: int = 0) -> None:
+        """Let row i go on from the keys of row `rows[i]`; slots before `start` are known to be the same."""
+        for t in (*self.keys, *self.values):
+            t[:, :, start : self.length] = t[rows, :, start : self.length]
+
+
+@dataclass
+class Context:
+    """What all layers share in one forward pass."""
+
+    bias: Tensor | None  # (b | 1, h | 1, n, m): bool, True = attend, or fp32 to add; None = everything, or causal
+    causal: bool
+    rotation: tuple[Tensor, Tensor] | None  # cosines and sines, (b | 1, 1, n, rotary_dim / 2), fp32
+    cache: Cache | None
+
+
+def rotary_angles(positions: Tensor, dim: int, base: float) -> tuple[Tensor, Tensor]:
+    """Cosines and sines (..., n, dim / 2) of RoPE (Su et al. 2021, arXiv 2104.09864, eq. 15), always fp32.
+
+    They come from Python numbers at every call and are no buffers, so that `model.bfloat16()` can't round them.
+    """
+    steps = torch.arange(0, dim, 2, dtype=torch.float32, device=positions.device)
+    angles = positions.float()[..., None] * (1.0 / base ** (steps / dim))
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    """Turn the pairs (i, i + r / 2) of the first r features of `x` (b, h, n, e), in fp32; the rest passes through."""
+    cos, sin = rotation
+    r = 2 * cos.shape[-1]
+    a, b = x[..., :r].float().chunk(2, -1)
+    turned = torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)
+    return turned if r == x.shape[-1] else torch.cat((turned, x[..., r:]), -1)
+
+
+def alibi_slopes(heads: int) -> Tensor:
+    """The slopes (h,) of ALiBi (Press et al. 2021, arXiv 2108.12409); heads past a power of two interleave."""
+
+    def powers(n: int) -> list[float]:
+        return [2 ** (-8 * (i + 1) / n) for i in range(n)]
+
+    whole = 2 ** math.floor(math.log2(heads))
+    return torch.tensor(powers(whole) + powers(2 * whole)[0::2][: heads - whole])
+
+
+class Attention(nn.Module):
+    """Multi-head attention with `kv_heads` key/value heads, each serving heads / kv_heads queries.
+
+    Sources: Vaswani et al. 2017 (arXiv 1706.03762); grouped queries, Ainslie et al. 2023 (arXiv 2305.13245);
+    `qk_norm`, an RMS norm with a learnt scale on every head's queries and keys (as in Qwen3).
+    """
+
+    def __init__(self, dim: int, layer: int, *, heads: int, kv_heads: int, dim_head: int, dropout: float, flash: bool,
+                 qk_norm: bool, qkv_bias: bool, out_bias: bool, norm_eps: float):
+        super().__init__()
+        self.layer, self.heads, self.kv_heads, self.dropout, self.flash = layer, heads, kv_heads, dropout, flash
+        self.to_q = nn.Linear(dim, heads * dim_head, bias=qkv_bias)
+        self.to_k = nn.Linear(dim, kv_heads * dim_head, bias=qkv_bias)
+        self.to_v = nn.Linear(dim, kv_heads * dim_head, bias=qkv_bias)
+        self.to_out = nn.Linear(heads * dim_head, dim, bias=out_bias)
+        self.q_norm = nn.RMSNorm(dim_head, eps=norm_eps) if qk_norm else None
+        self.k_norm = nn.RMSNorm(dim_head, eps=norm_eps) if qk_norm else None
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        q = rearrange(self.to_q(x), "b n (h e) -> b h n e", h=self.heads)
+        k = rearrange(self.to_k(x), "b n (k e) -> b k n e", k=self.kv_heads)
+        v = rearrange(self.to_v(x), "b n (k e) -> b k n e", k=self.kv_heads)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if context.rotation is not None:
+            q, k = rotate(q, context.rotation), rotate(k, context.rotation)
+        if context.cache is not None:
+            k, v = context.cache.extend(self.layer, k, v)
+        out = self.attend(q, k, v, context)
+        return self.to_out(rearrange(out, "b h n e -> b n (h e)"))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
+        dropout, gqa = self.dropout if self.training else 0.0, self.heads != self.kv_heads
+        if context.bias is not None and context.bias.dtype != torch.bool:
+            # a half-precision bias could not tell distant positions apart, so ALiBi attends in fp32
+            with torch.autocast(q.device.type, enabled=False):
+                qkv = (t.float() for t in (q, k, v))
+                return F.scaled_dot_product_attention(*qkv, context.bias, dropout, enable_gqa=gqa).to(q.dtype)
+        with nullcontext() if self.flash else sdpa_kernel(SDPBackend.MATH):
+            return F.scaled_dot_product_attention(q, k, v, context.bias, dropout, context.causal, enable_gqa=gqa)

@@ -1,0 +1,246 @@
+"""`AutoregressiveWrapper`: the language-model loss, sampling, streaming and beam search around one decoder."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from xalign import sampling
+from xalign.logprobs import token_logprobs
+from xalign.nn.decoding import Decoding, Prompts, evaluating, left_padded
+from xalign.nn.transformer import TransformerWrapper
+from xalign.stopping import StopTokens
+
+Ends = int | Sequence[int] | None
+Number = float | Tensor
+CHECK_EVERY = 8  # steps between looks at the end-of-text flag where a look stalls the device
+
+
+class AutoregressiveWrapper(nn.Module):
+    """Next-token loss and generation around `net`.
+
+    `ignore_index` marks tokens that are no target (and are read as `pad_value`); `pad_value` fills rows behind their end.
+    """
+
+    def __init__(self, net: TransformerWrapper, ignore_index: int = -100, pad_value: int = 0):
+        super().__init__()
+        self.net, self.ignore_index, self.pad_value = net, ignore_index, pad_value
+
+    @property
+    def max_seq_len(self) -> int:
+        return self.net.max_seq_len
+
+    def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Mean next-token cross-entropy, nats a scored token: tokens (b, n) -> (); 0 where nothing is scored.
+
+        Not scored are `ignore_index` and, where a `mask` (b, n) is given, what is False in it.
+        """
+        scored = tokens != self.ignore_index
+        inputs = tokens.masked_fill(~scored, self.pad_value)
+        if mask is not None:
+            scored = scored & mask & torch.cat((mask[:, :1], mask[:, :-1]), 1)
+        logps = token_logprobs(self.net(inputs, mask=mask), inputs)
+        return -logps.masked_fill(~scored[:, 1:], 0.0).sum() / scored[:, 1:].sum().clamp(min=1)
+
+    def generate(self, prompts: Prompts, seq_len: int, eos_token: Ends = None, temperature: Number = 1.0,
+                 prompt_lens: Tensor | Sequence[int] | None = None, filter_logits_fn: Any = None,
+                 filter_kwargs: dict | Sequence[dict] = {}, cache_kv: bool = True, *,  # noqa: B006
+                 top_k: int | Tensor | None = None, top_p: Number | None = None, min_p: Number | None = None,
+                 repetition_penalty: Number = 1.0, num_samples: int = 1, beams: int = 1, length_penalty: float = 1.0,
+                 stop: Sequence[Sequence[int]] | None = None, seed: int | Tensor | None = None,
+                 generator: torch.Generator | None = None, return_logprobs: bool = False) -> Any:
+        """New tokens only, (b, m), m <= seq_len the longest row with its end; behind a row's end stands `pad_value`.
+
+        `prompts` are (b, n) (right-padded where `prompt_lens` is given), (n,) -> (m,), or a list of 1-D tensors.
+        A row ends with a generated `eos_token` (kept) or when its generated tokens end with a sequence of `stop` (kept).
+        Order: repetition penalty, temperature (0 is greedy), top-k, top-p, min-p, `filter_logits_fn` (a name, a function
+        or a list, each with its `filter_kwargs`), on fp32 logits; numbers, or tensors (b,) with a value a row.
+        `num_samples` > 1 gives (b, num_samples, m). Draws depend on the seed, the row and the position alone; `seed` is
+        an int, (b,) ints, or None for one from `generator` or torch's own. `return_logprobs` gives (tokens, logps): nats
+        under the unfiltered model at temperature 1, 0 behind the end. A text that outgrows `max_seq_len` is cut to
+        the newest half of the window and goes on. Raises `ValueError` for values out of range.
+        """
+        sampled = locals()
+        options = {k: v for k, v in sampled.items() if k not in ("self", "beams", "length_penalty", "return_logprobs")}
+        if beams != 1:
+            defaults = self.generate.__kwdefaults__ | {"temperature": 1.0, "filter_logits_fn": None}
+            for name in ("temperature", "filter_logits_fn", "top_k", "top_p", "min_p", "repetition_penalty", "num_samples",
+                         "stop", "seed", "generator", "return_logprobs"):
+                if isinstance(sampled[name], Tensor) or sampled[name] != defaults[name]:
+                    raise ValueError(f"beams is {beams} and {name} is given, allowed is one of them")
+            return self.beam_search(prompts, seq_len, beams, eos_token, length_penalty, prompt_lens, cache_kv=cache_kv)
+        with evaluating(self.net):
+            steps = list(self._sample(**options))
+        single = isinstance(prompts, Tensor) and prompts.ndim == 1
+        if not steps:
+            shape = [1 if isinstance(prompts, Tensor) and single else len(prompts), num_samples, 0]
+            device = self.net.token_emb.weight.device
+            tokens, logps = torch.zeros(shape, dtype=torch.long, device=device), torch.zeros(shape, device=device)
+        else:
+            tokens, logps = (torch.stack([s[i] for s in steps], -1) for i in (0, 1))
+            longest = int(torch.stack([s[2] for s in steps]).any(-1).any(-1).sum())
+            tokens, logps = tokens[..., :longest], logps[..., :longest]
+        tokens, logps = (self._shape(t, single, num_samples) for t in (tokens, logps))
+        return (tokens, logps) if return_logprobs else tokens
+
+    def stream(self, prompts: Prompts, seq_len: int, eos_token: Ends = None, temperature: Number = 1.0, *,
+               num_samples: int = 1, **options: Any) -> Iterator[Tensor]:
+        """The tokens of `generate`, one step at a time as they come, (b,) each; stacked they equal it.
+
+        Takes `generate`'s options except beams and `return_logprobs`.
+        """
+        single = isinstance(prompts, Tensor) and prompts.ndim == 1
+        steps = self._sample(prompts, seq_len, eos_token, temperature, num_samples=num_samples, check_every=1, **options)
+        while True:
+            with evaluating(self.net):
+                step = next(steps, None)
+            if step is None:
+                return
+            yield self._shape(step[0][..., None], single, num_samples)[..., 0]
+
+    @staticmethod
+    def _shape(t: Tensor, single: bool, samples: int) -> Tensor:
+        """(b, s, m) -> the caller's shape."""
+        t = t if samples > 1 else t[:, 0]
+        return t[0] if single else t
+
+    @torch.no_grad()
+    def _sample(self, prompts: Prompts, seq_len: int, eos_token: Ends = None, temperature: Number = 1.0,
+                prompt_lens: Tensor | Sequence[int] | None = None, filter_logits_fn: Any = None,
+                filter_kwargs: dict | Sequence[dict] = {}, cache_kv: bool = True, *,  # noqa: B006
+                top_k: int | Tensor | None = None, top_p: Number | None = None, min_p: Number | None = None,
+                repetition_penalty: Number = 1.0, num_samples: int = 1, stop: Sequence[Sequence[int]] | None = None,
+                seed: int | Tensor | None = None, generator: torch.Generator | None = None,
+                check_every: int | None = None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Steps of (tokens, logps, live), each (b, s); `live` is True where the token belongs to the row."""
+        device = self.net.token_emb.weight.device
+        padded, lengths = left_padded(prompts, prompt_lens, device)
+        b, s = len(lengths), _whole("num_samples", num_samples, 1)
+        steps = _whole("seq_len", seq_len, 0)
+        per_row = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
+                   "repetition_penalty": repetition_penalty}
+        for name, value in per_row.items():
+            if isinstance(value, Tensor) and value.ndim:
+                if value.shape != (b,):
+                    raise ValueError(f"{name} has shape {tuple(value.shape)}, allowed is a number or ({b},)")
+                per_row[name] = value.to(device).repeat_interleave(s)
+        chain = self._chain(per_row, sampling.compose(filter_logits_fn, filter_kwargs), b * s, device)
+        greedy = not isinstance(temperature, Tensor) and temperature == 0
+        keys = sampling.row_keys(self._seed(seed, generator, device), b, s, device)
+
+        state = Decoding(self.net, padded.repeat_interleave(s, 0), [n for n in lengths for _ in range(s)], steps, cache_kv)
+        start, stops = state.end, StopTokens(eos_token, stop, device)
+        done = torch.zeros(b * s, dtype=torch.bool, device=device)
+        every = check_every or (1 if device.type == "cpu" else CHECK_EVERY)
+        for t in range(steps):
+            logits = state.logits().float()
+            x = chain(logits, state)
+            token = (x if greedy else x + sampling.gumbel(keys, state.prompt_lengths + t, x.shape[-1])).argmax(-1)
+            logp = logits.log_softmax(-1).gather(-1, token[:, None])[:, 0]
+            state.append(token)
+            yield (token.masked_fill(done, self.pad_value).view(b, s), logp.masked_fill(done, 0.0).view(b, s),
+                   ~done.view(b, s))
+            if stops:
+                done = done | stops.hits(state.text[:, start : state.end])
+                if (t + 1) % every == 0 and bool(done.all()):
+                    return
+
+    @staticmethod
+    def _seed(seed: int | Tensor | None, generator: torch.Generator | None, device: torch.device) -> int | Tensor:
+        if seed is not None:
+            if generator is not None:
+                raise ValueError("seed and generator are both given, allowed is one of them")
+            return seed
+        source = device if generator is None else generator.device
+        return torch.randint(2**62, (), generator=generator, device=source).to(device)
+
+    @staticmethod
+    def _chain(options: dict[str, Any], filters: list[Callable], rows: int, device: torch.device) -> Callable:
+        """One function (logits, state) -> filtered logits, in the documented order; bad numbers are told here."""
+        steps = [(name, getattr(sampling, name), options[name], unchanged) for name, unchanged in
+                 (("temperature", 1.0), ("top_k", None), ("top_p", None), ("min_p", None))]
+        steps = [(n, f, v) for n, f, v, unchanged in steps if isinstance(v, Tensor) or v != unchanged]
+        penalty = options["repetition_penalty"]
+        probe = torch.zeros(rows, 2, device=device)
+        sampling.repetition_penalty(probe, probe.long(), penalty)
+
+        def run(logits: Tensor, state: Decoding | None) -> Tensor:
+            if state is not None and (isinstance(penalty, Tensor) or penalty != 1):
+                end = state.end
+                logits = sampling.repetition_penalty(logits, state.text[:, :end], penalty, state.real[:, :end])
+            for name, function, value in steps:
+                logits = function(logits, **{_ARGUMENT[name]: value})
+            for function in filters if state is not None else ():
+                logits = function(logits)
+            return logits
+
+        run(probe, None)
+        return run
+
+    @torch.no_grad()
+    def beam_search(self, prompts: Prompts, seq_len: int, beams: int = 4, eos_token: Ends = None, length_penalty: float = 1.0,
+                    prompt_lens: Tensor | Sequence[int] | None = None, return_beams_and_scores: bool = False, *,
+                    cache_kv: bool = True) -> Any:
+        """The best of `beams` hypotheses by sum of log-probabilities / length ** length_penalty, (b, m) new tokens.
+
+        Length counts generated tokens with the end token. Finished hypotheses are kept; a row's search ends when no live
+        one can still win (transformers' early_stopping="never"). With `return_beams_and_scores`: (beams, b, m) and
+        (beams, b), best first; where a vocabulary has too few continuations the rest scores -inf.
+        """
+        net, w, steps = self.net, _whole("beams", beams, 1), _whole("seq_len", seq_len, 0)
+        if not math.isfinite(length_penalty):
+            raise ValueError(f"length_penalty is {length_penalty}, allowed is a finite number")
+        device, v = net.token_emb.weight.device, net.num_tokens
+        padded, lengths = left_padded(prompts, prompt_lens, device)
+        b, stops = len(lengths), StopTokens(eos_token, None, device)
+        candidates = min(max(2, 1 + len(stops.eos)) * w, w * v)
+        state = Decoding(net, padded.repeat_interleave(w, 0), [n for n in lengths for _ in range(w)], steps, cache_kv)
+        neg_inf = float("-inf")
+        live_scores = torch.full((b, w), neg_inf, device=device)
+        live_scores[:, 0] = 0.0
+        live = torch.full((b, w, steps), self.pad_value, dtype=torch.long, device=device)
+        best, best_scores, best_lengths = live.clone(), torch.full_like(live_scores, neg_inf), live.new_zeros(b, w)
+        rank, first_row = torch.arange(candidates, device=device), torch.arange(b, device=device)[:, None] * w
+
+        with evaluating(net):
+            for t in range(steps):
+                logps = state.logits().float().log_softmax(-1)
+                total = (live_scores[..., None] + logps.view(b, w, v)).view(b, w * v)
+                scores, index = total.topk(candidates)
+                beam, token = index // v, index % v
+                texts = live.gather(1, beam[..., None].expand(-1, -1, steps))
+                texts[:, :, t] = token
+                ends = torch.isin(token, stops.eos) if t + 1 < steps else torch.ones_like(token, dtype=torch.bool)
+                # only an end among the best w candidates is a hypothesis, as in transformers' search
+                ended = (scores / (t + 1) ** length_penalty).masked_fill(~(ends & (rank < w)), neg_inf)
+                best_scores, keep = torch.cat((best_scores, ended), 1).topk(w)
+                best = torch.cat((best, texts), 1).gather(1, keep[..., None].expand(-1, -1, steps))
+                best_lengths = torch.cat((best_lengths, torch.full_like(token, t + 1)), 1).gather(1, keep)
+                live_scores, keep = scores.masked_fill(ends, neg_inf).topk(w)
+                live = texts.gather(1, keep[..., None].expand(-1, -1, steps))
+                longest = steps if length_penalty > 0 else t + 1
+                if t + 1 == steps or bool((live_scores[:, 0] / longest**length_penalty <= best_scores[:, -1]).all()):
+                    break
+                state.append(token.gather(1, keep).view(-1), (first_row + beam.gather(1, keep)).view(-1))
+        best_lengths = best_lengths.masked_fill(best_scores == neg_inf, 0)
+        behind = torch.arange(steps, device=device) >= best_lengths[..., None]
+        best = best.masked_fill(behind, self.pad_value)
+        chosen = best if return_beams_and_scores else best[:, :1]
+        used = best_lengths if return_beams_and_scores else best_lengths[:, :1]
+        chosen = chosen[..., : int(used.max()) if steps else 0].transpose(0, 1)
+        single = isinstance(prompts, Tensor) and prompts.ndim == 1
+        if return_beams_and_scores:
+            scores = best_scores.T
+            return (chosen[:, 0], scores[:, 0]) if single else (chosen, scores)
+        return chosen[0, 0] if single else chosen[0]
+
+
+_ARGUMENT = {"temperature": "t", "top_k": "k", "top_p": "thres", "min_p": "min_p"}
+
+
+def _whole(name: str, value: int, low: int) -> int:
+    if isinstance(value, bool) or int(value) != value or value < low:
+        raise ValueError(f"{name} is {value!r}, allowed is a whole number >= {low}")
+    return int(value)

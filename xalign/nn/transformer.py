@@ -1,0 +1,229 @@
+"""The decoder: `TransformerWrapper(attn_layers=Decoder(...))`, with x-transformers' names where it has them."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from xalign.errors import ConfigError, reject_unknown
+from xalign.nn.attention import Attention, Cache, Context, DecodeBuffer, Prefix, alibi_slopes, rotary_angles
+
+INIT_STD = 0.02
+
+
+def _checked(where: str, values: dict[str, Any]) -> dict[str, Any]:
+    """Take the caller's locals() as a configuration: reject unknown options, drop what is no option."""
+    options = {k: v for k, v in values.items() if k not in ("self", "unknown", "__class__")}
+    reject_unknown(where, values["unknown"], options)
+    for name, value in options.items():
+        if name.endswith("dropout") and not 0 <= value < 1:
+            raise ConfigError(f"{where}: {name} is {value!r}, allowed is a number in [0, 1)")
+        if name in ("num_tokens", "max_seq_len", "dim", "depth", "heads", "attn_dim_head") and value < 1:
+            raise ConfigError(f"{where}: {name} is {value!r}, allowed is a whole number >= 1")
+    return options
+
+
+class FeedForward(nn.Module):
+    """`down(act(gate(x)) * up(x))` (Shazeer 2020, arXiv 2002.05202), or `down(act(up(x)))` without a gate."""
+
+    def __init__(self, dim: int, inner: int, *, glu: bool, swish: bool, bias: bool, dropout: float):
+        super().__init__()
+        self.gate = nn.Linear(dim, inner, bias=bias) if glu else None
+        self.up = nn.Linear(dim, inner, bias=bias)
+        self.down = nn.Linear(inner, dim, bias=bias)
+        self.act = F.silu if swish else F.gelu
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.act(self.up(x)) if self.gate is None else self.act(self.gate(x)) * self.up(x)
+        return self.down(self.dropout(hidden))
+
+
+class Block(nn.Module):
+    """One pre-norm layer; with `parallel` both halves read the same input (as GPT-NeoX does)."""
+
+    def __init__(self, attn_norm: nn.Module, attn: Attention, ff_norm: nn.Module, ff: FeedForward, parallel: bool):
+        super().__init__()
+        self.attn_norm, self.attn, self.ff_norm, self.ff, self.parallel = attn_norm, attn, ff_norm, ff, parallel
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        attended = x + self.attn(self.attn_norm(x), context)
+        return attended + self.ff(self.ff_norm(x if self.parallel else attended))
+
+
+class Decoder(nn.Module):
+    """A stack of causal pre-norm layers with a final norm; x (b, n, d) -> (b, n, d).
+
+    Defaults are x-transformers': `attn_kv_heads = heads`, `attn_dim_head = 64`, no rotary, LayerNorm, GELU
+    without a gate, biases in the feed-forward. Beyond them: `norm_eps`, `attn_qkv_bias`, `attn_out_bias`,
+    `ff_inner_dim` (the exact feed-forward width), `rotary_dim` (rotate only the first features of a head),
+    `parallel_residual`. Where x-transformers rotates half of each head, all of it is rotated here.
+    """
+
+    def __init__(self, *, dim: int, depth: int, heads: int = 8, attn_dim_head: int = 64, attn_kv_heads: int | None = None,
+                 attn_dropout: float = 0.0, attn_flash: bool = False, attn_qk_norm: bool = False,
+                 attn_qkv_bias: bool = False, attn_out_bias: bool = False, alibi_pos_bias: bool = False,
+                 rotary_pos_emb: bool = False, rotary_base: float = 10000.0, rotary_dim: int | None = None,
+                 use_rmsnorm: bool = False, norm_eps: float = 1e-5, ff_mult: float = 4, ff_inner_dim: int | None = None,
+                 ff_glu: bool = False, ff_swish: bool = False, ff_no_bias: bool = False, ff_dropout: float = 0.0,
+                 parallel_residual: bool = False, **unknown: Any):
+        self.config = _checked("Decoder", locals())
+        super().__init__()
+        kv_heads = heads if attn_kv_heads is None else attn_kv_heads
+        if kv_heads < 1 or heads % kv_heads:
+            raise ConfigError(f"attn_kv_heads is {kv_heads}, allowed is a divisor of heads = {heads}")
+        rotated = attn_dim_head if rotary_dim is None else rotary_dim
+        if rotary_pos_emb and (rotated % 2 or not 0 < rotated <= attn_dim_head):
+            raise ConfigError(f"rotary_dim is {rotated}, allowed is an even number up to attn_dim_head = {attn_dim_head}")
+        if rotary_pos_emb and alibi_pos_bias:
+            raise ConfigError("rotary_pos_emb and alibi_pos_bias are both True, allowed is one of them")
+        self.dim, self.depth, self.heads, self.kv_heads, self.dim_head = dim, depth, heads, kv_heads, attn_dim_head
+        self.rotary = (rotated, rotary_base) if rotary_pos_emb else None
+        self.alibi = alibi_pos_bias
+        self.gradient_checkpointing = False
+
+        def norm() -> nn.Module:
+            return nn.RMSNorm(dim, eps=norm_eps) if use_rmsnorm else nn.LayerNorm(dim, eps=norm_eps)
+
+        inner = int(dim * ff_mult) if ff_inner_dim is None else ff_inner_dim
+        self.layers = nn.ModuleList(
+            Block(
+                norm(),
+                Attention(dim, i, heads=heads, kv_heads=kv_heads, dim_head=attn_dim_head, dropout=attn_dropout,
+                          flash=attn_flash, qk_norm=attn_qk_norm, qkv_bias=attn_qkv_bias, out_bias=attn_out_bias,
+                          norm_eps=norm_eps),
+                norm(),
+                FeedForward(dim, inner, glu=ff_glu, swish=ff_swish, bias=not ff_no_bias, dropout=ff_dropout),
+                parallel_residual,
+            )
+            for i in range(depth)
+        )
+        self.final_norm = norm()
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            elif parameter.ndim == 2:
+                residual = name.endswith(("to_out.weight", "down.weight"))
+                nn.init.normal_(parameter, std=INIT_STD / (2 * depth) ** 0.5 if residual else INIT_STD)
+
+    def context(self, positions: Tensor, mask: Tensor | None, cache: Cache | None) -> Context:
+        """What the layers share: `positions` (b | 1, past + n) count real tokens, `mask` likewise is True on them."""
+        behind = cache.length if cache is not None else 0
+        m = positions.shape[1]
+        rotation = None
+        if self.rotary is not None:
+            rotation = tuple(t[:, None] for t in rotary_angles(positions[:, behind:], *self.rotary))
+        plain = mask is None and not self.alibi
+        if plain and (behind == 0 or m - behind == 1):
+            return Context(None, behind == 0, rotation, cache)  # type: ignore[arg-type]
+        slots = torch.arange(m, device=positions.device)
+        allowed = (slots <= slots[behind:, None])[None, None]
+        if mask is not None:
+            # a padding query sees at least itself, so that no softmax is empty; nobody sees it
+            allowed = allowed & (mask[:, None, None] | (slots == slots[behind:, None]))
+        if self.alibi:
+            distance = (positions[:, None, behind:, None] - positions[:, None, None, :]).float()
+            slopes = alibi_slopes(self.heads).to(positions.device)[:, None, None]
+            allowed = (-slopes * distance).masked_fill(~allowed, float("-inf"))
+        return Context(allowed, False, rotation, cache)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        for layer in self.layers:
+            if self.gradient_checkpointing and self.training and context.cache is None:
+                x = checkpoint(layer, x, context, use_reentrant=False)
+            else:
+                x = layer(x, context)
+        return self.final_norm(x)
+
+
+class TransformerWrapper(nn.Module):
+    """Token ids (b, n) -> logits (b, n, v): embedding, `attn_layers`, head.
+
+    `mask` (b, n) is True on real tokens; positions count real tokens, so padding on either side changes
+    nothing. Rotary positions or ALiBi in `attn_layers` switch the learnt absolute positions off.
+    """
+
+    def __init__(self, *, num_tokens: int, max_seq_len: int, attn_layers: Decoder, emb_dropout: float = 0.0,
+                 use_abs_pos_emb: bool = True, tie_embedding: bool = False, **unknown: Any):
+        self.config = _checked("TransformerWrapper", locals())
+        del self.config["attn_layers"]
+        super().__init__()
+        dim = attn_layers.dim
+        self.num_tokens, self.max_seq_len = num_tokens, max_seq_len
+        self.token_emb = nn.Embedding(num_tokens, dim)
+        absolute = use_abs_pos_emb and attn_layers.rotary is None and not attn_layers.alibi
+        self.pos_emb = nn.Embedding(max_seq_len, dim) if absolute else None
+        self.emb_dropout = nn.Dropout(emb_dropout)
+        self.attn_layers = attn_layers
+        self.to_logits = None if tie_embedding else nn.Linear(dim, num_tokens, bias=False)
+        for module in (self.token_emb, self.pos_emb, self.to_logits):
+            if module is not None:
+                nn.init.normal_(module.weight, std=INIT_STD)
+
+    def decode_buffer(self, rows: int, capacity: int) -> DecodeBuffer:
+        """An empty preallocated cache for `rows` rows of up to `capacity` tokens."""
+        layers, weight = self.attn_layers, self.token_emb.weight
+        dtype = torch.get_autocast_dtype(weight.device.type) if torch.is_autocast_enabled(weight.device.type) else weight.dtype
+        return DecodeBuffer(layers.depth, (rows, layers.kv_heads, capacity, layers.dim_head), dtype, weight.device)
+
+    def forward(self, tokens: Tensor, mask: Tensor | None = None, *, cache: Prefix | DecodeBuffer | None = None,
+                input_not_include_cache: bool = False, return_intermediates: bool = False,
+                return_embeddings: bool = False) -> Any:
+        """Give logits (b, n, v), or with `return_intermediates` (logits, cache) to go on from.
+
+        With a `cache` the tokens continue it (b may be a multiple of a prefix's rows) and only the new
+        tokens' logits come back; unless `input_not_include_cache`, `tokens` and `mask` begin with the cached ones.
+        `return_embeddings` gives the final hidden states (b, n, d) instead of logits.
+        Raises `ValueError` for ids outside the vocabulary (on the CPU) and for too many absolute positions.
+        """
+        if cache is not None and not input_not_include_cache:
+            tokens = tokens[:, cache.length :]
+            mask = None if mask is None else mask[:, cache.length :]
+        b, n = tokens.shape
+        if mask is not None and mask.shape != tokens.shape:
+            raise ValueError(f"mask has shape {tuple(mask.shape)}, allowed is that of the tokens, {(b, n)}")
+        self._check_ids(tokens)
+        grown: Prefix | DecodeBuffer | None = None
+        if cache is not None:
+            grown = cache.branch(b)
+        elif return_intermediates:
+            grown = Prefix.empty()
+        behind = grown.length if grown is not None else 0
+        positions, whole = self._positions(tokens, mask, grown.mask if grown is not None else None, behind)
+
+        x = self.token_emb(tokens)
+        if self.pos_emb is not None:
+            self._check_positions(positions, whole)
+            x = x + self.pos_emb(positions[:, behind:])
+        x = self.attn_layers(self.emb_dropout(x), self.attn_layers.context(positions, whole, grown))
+        grown = None if grown is None else grown.advance(whole, n)
+        out = x if return_embeddings else self.logits(x)
+        return (out, grown) if return_intermediates else out
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The head: final hidden states (..., d) -> logits (..., v)."""
+        return F.linear(hidden, self.token_emb.weight if self.to_logits is None else self.to_logits.weight)
+
+    @staticmethod
+    def _positions(tokens: Tensor, mask: Tensor | None, past: Tensor | None, behind: int) -> tuple[Tensor, Tensor | None]:
+        b, n = tokens.shape
+        if mask is None and past is None:
+            return torch.arange(behind + n, device=tokens.device)[None], None
+        parts = (past if past is not None else tokens.new_ones((b, behind), dtype=torch.bool),
+                 mask.bool() if mask is not None else torch.ones_like(tokens, dtype=torch.bool))
+        whole = torch.cat(parts, 1)
+        return (whole.cumsum(1) - 1).clamp(min=0), whole
+
+    def _check_ids(self, tokens: Tensor) -> None:
+        if tokens.device.type == "cpu" and tokens.numel() and not torch.compiler.is_compiling():
+            low, high = (int(t) for t in tokens.aminmax())
+            if low < 0 or high >= self.num_tokens:
+                raise ValueError(f"token id {low if low < 0 else high}, allowed is 0 to {self.num_tokens - 1}")
+
+    def _check_positions(self, positions: Tensor, mask: Tensor | None) -> None:
+        # only padding can make more slots than positions, and only then is the device asked
+        n = positions.shape[1] if mask is None or positions.shape[1] <= self.max_seq_len else int(positions.max()) + 1
+        if n > self.max_seq_len:
+            raise ValueError(f"{n} tokens, but max_seq_len is {self.max_seq_len} and the positions are absolute")
