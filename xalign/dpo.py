@@ -105,15 +105,16 @@ class DPO(nn.Module):
         for name, tokens, mask, prompt in (("preferred_seq", preferred_seq, preferred_seq_mask, prompts[0]),
                                            ("unpreferred_seq", unpreferred_seq, unpreferred_seq_mask, prompts[1])):
             if tokens.ndim != 2 or (mask is not None and mask.shape != tokens.shape):
-                raise ValueError(f"{name} has shape {tuple(tokens.shape)}{'' if mask is None else f', its mask {tuple(mask.shape)}'}"
-                                 ", allowed is (b, n) for both")
+                masked = "" if mask is None else f", its mask {tuple(mask.shape)}"
+                raise ValueError(f"{name} has shape {tuple(tokens.shape)}{masked}, allowed is (b, n) for both")
             mask = outer_padding(tokens, self.pad_id) if mask is None else mask.bool()
             sides.append((tokens, mask, mask & ~prompt_columns(prompt, tokens, name)))
         if preferred_seq.shape[0] != unpreferred_seq.shape[0]:
             raise ValueError(f"{preferred_seq.shape[0]} preferred but {unpreferred_seq.shape[0]} unpreferred rows, "
                              "allowed is as many of both")
         width = max(preferred_seq.shape[1], unpreferred_seq.shape[1])
-        tokens, mask, loss_mask = (torch.cat([F.pad(t, (0, width - t.shape[1])) for t in ts]) for ts in zip(*sides, strict=True))
+        tokens, mask, loss_mask = (torch.cat([F.pad(t, (0, width - t.shape[1])) for t in side])
+                                   for side in zip(*sides, strict=True))
         logps, scored = scored_logprobs(model, tokens, loss_mask, mask)
         lengths = scored.sum(1)
         if not bool((lengths > 0).all()):

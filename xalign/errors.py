@@ -11,6 +11,8 @@ from collections.abc import Iterable
 class XalignError(Exception):
     """Something outside xalign (data, a file, a flag) is wrong; the message says what and what is allowed."""
 
+    exit_status = 2
+
 
 class DataError(XalignError, ValueError):
     """A record, dataset or text can't be used; the message starts with `path:line` where there is one."""
@@ -22,6 +24,18 @@ class ConfigError(XalignError, ValueError):
 
 class CheckpointError(XalignError, OSError):
     """A checkpoint or run folder can't be read, written or used."""
+
+
+class Diverged(XalignError, ArithmeticError):
+    """Training met a loss or gradient that is not finite; the message names the step and the last good checkpoint."""
+
+    exit_status = 1
+
+
+class Interrupted(XalignError):
+    """A signal stopped the run after its state was saved; the message says how to go on."""
+
+    exit_status = 130
 
 
 class UnknownOption(XalignError, TypeError):

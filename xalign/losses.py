@@ -4,6 +4,7 @@ The four vectors (b,) are log-probabilities of whole completions, summed over to
 back per pair, (b,), unreduced. One function a loss, each with its own hyperparameters.
 """
 
+import math
 from collections.abc import Callable
 
 import torch.nn.functional as F
@@ -20,8 +21,8 @@ def dpo(policy_chosen: Tensor, policy_rejected: Tensor, ref_chosen: Tensor, ref_
     [0, .5), the probability that a label is flipped: (1 - e) of it plus e of the loss of the swapped pair (cDPO,
     Mitchell 2023, https://ericmitchell.ai/cdpo.pdf, eq. 3).
     """
-    if not beta > 0:
-        raise ConfigError(f"beta is {beta!r}, allowed is a number > 0")
+    if not 0 < beta < math.inf:
+        raise ConfigError(f"beta is {beta!r}, allowed is a finite number > 0")
     if not 0 <= label_smoothing < 0.5:
         raise ConfigError(f"label_smoothing is {label_smoothing!r}, allowed is a number in [0, .5)")
     z = beta * ((policy_chosen - ref_chosen) - (policy_rejected - ref_rejected))

@@ -75,12 +75,12 @@ def top_k(logits: Tensor, frac_num_tokens: float = 0.1, k: int | Tensor | None =
         k = max(1, math.ceil(frac_num_tokens * v))
     x = logits.float()
     if not isinstance(k, Tensor):
-        if isinstance(k, bool) or k != int(k) or k < 1:
+        if isinstance(k, bool) or not 1 <= k < math.inf or k != int(k):
             raise ConfigError(f"top_k is {k!r}, allowed is a whole number >= 1")
         k = min(int(k), v)
         border = x.topk(k, dim=-1).values[..., -1:]
     else:
-        rows = k.to(logits.device, torch.int64).clamp(1, v)
+        rows = k.to(logits.device).nan_to_num(nan=v).clamp(1, v).long()
         k = rows[..., None] if rows.ndim else rows
         ordered = _descending_ranks(x).values
         border = ordered.gather(-1, (k - 1).expand(*x.shape[:-1], 1))
@@ -135,8 +135,9 @@ def repetition_penalty(logits: Tensor, tokens: Tensor, penalty: float | Tensor, 
     counts = torch.zeros_like(logits, dtype=torch.float32)
     counts = counts.scatter_add(-1, tokens, torch.ones_like(tokens, dtype=torch.float32) if mask is None else mask.float())
     x = logits.float()
-    penalised = torch.where(x > 0, x / factor, x * factor)
-    return torch.where(counts > 0, penalised, x).to(logits.dtype)
+    big = torch.finfo(logits.dtype).max  # a finite logit stays finite, lest the penalty remove tokens, or all of them
+    penalised = torch.where(x > 0, x / factor, x * factor).clamp(-big, big)
+    return torch.where((counts > 0) & x.isfinite(), penalised, x).to(logits.dtype)
 
 
 FILTERS: dict[str, Callable[..., Tensor]] = {

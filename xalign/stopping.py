@@ -16,12 +16,11 @@ class StopTokens:
     neither an end token in the prompt nor a sequence that begins in it ends a row.
     """
 
-    def __init__(self, eos: int | Sequence[int] | None, stop: Sequence[Sequence[int]] | None, device: torch.device):
-        single = [eos] if isinstance(eos, int) else list(eos or [])
+    def __init__(self, eos: int | Sequence[int] | Tensor | None, stop: Sequence[Sequence[int]] | None, device: torch.device):
         sequences = [[int(t) for t in s] for s in (stop or [])]
         if any(not s for s in sequences):
             raise ConfigError("stop holds an empty sequence, allowed are sequences of at least one token id")
-        self.eos = torch.tensor(single, dtype=torch.long, device=device)
+        self.eos = torch.as_tensor([] if eos is None else eos, dtype=torch.long, device=device).reshape(-1)
         self.sequences = [torch.tensor(s, dtype=torch.long, device=device) for s in sequences]
 
     def __bool__(self) -> bool:
@@ -40,7 +39,8 @@ class StopStrings:
     """Cuts a text that arrives in pieces before the first of `stops`, also when a stop straddles pieces.
 
     `push` gives the text that is safe to show: never a part of a stop, and as early as possible.
-    After a stop was met, `stopped` is that string and everything further is dropped.
+    The stop that is complete first wins, of two complete at once the longer one, so that it makes no difference
+    in which pieces the text arrives. Then `stopped` is that string and everything further is dropped.
     """
 
     def __init__(self, stops: Sequence[str] = ()):
@@ -54,27 +54,18 @@ class StopStrings:
         if self.stopped is not None:
             return ""
         held = self._held + text
-        # the stop that begins first wins; of two that begin together the longer one
-        found = min(((held.find(s), -len(s), s) for s in self.stops if s in held), default=None)
+        found = min(((held.find(s) + len(s), held.find(s), s) for s in self.stops if s in held), default=None)
         if found is not None:
-            longer = (s for s in self.stops if len(s) > -found[1] and s.startswith(held[found[0] :]))
-            if next(longer, None) is None:
-                self.stopped, self._held = found[2], ""
-                return held[: found[0]]
+            self.stopped, self._held = found[2], ""
+            return held[: found[1]]
         keep = next((i for i in range(len(held)) if any(s.startswith(held[i:]) for s in self.stops)), len(held))
-        if found is not None:
-            keep = min(keep, found[0])
         self._held = held[keep:]
         return held[:keep]
 
     def flush(self) -> str:
         """Give what was held back, once no further text comes."""
         held, self._held = self._held, ""
-        found = min(((held.find(s), -len(s), s) for s in self.stops if s in held), default=None)
-        if found is None or self.stopped is not None:
-            return held
-        self.stopped = found[2]
-        return held[: found[0]]
+        return held
 
 
 class Utf8Stream:

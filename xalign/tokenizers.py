@@ -57,7 +57,7 @@ class Tokenizer(ABC):
                 ids += [self.markers[part]] if part in self.markers else self._encode_plain(part)
         else:
             ids += self._encode_plain(text)
-        return ids + [self.eos_id] if eos and self.eos_id is not None else ids
+        return [*ids, self.eos_id] if eos and self.eos_id is not None else ids
 
     @abstractmethod
     def _encode_plain(self, text: str) -> list[int]:
@@ -112,7 +112,7 @@ class ByteTokenizer(Tokenizer):
 class SentencePieceTokenizer(Tokenizer):
     """A SentencePiece model, from a file or from its serialised bytes; decoding is exact for models trained here.
 
-    `markers` says which of its user-defined pieces are special (default: all but runs of blanks).
+    `markers` says which of its user-defined pieces are special (default: those like `<|user|>`).
     Models that put a blank before every text are refused: they can't give back what they were given.
     """
 
@@ -147,8 +147,10 @@ class SentencePieceTokenizer(Tokenizer):
                 self._pieces.append(b"")
             else:
                 self._pieces.append(name.replace(SPACE, " ").encode())
-        defined = {names[id]: id for id in _user_defined(self._model, size) if len(names[id].strip(SPACE + "\n\t\r")) > 1}
-        self.markers = defined if markers is None else {m: defined[m] for m in markers if m in defined}
+        ids = {name: id for id, name in enumerate(names)}
+        # sentencepiece can't be asked which pieces are user-defined, so without a list go by their looks.
+        markers = [name for name in names if re.fullmatch(r"<\|\S+\|>", name)] if markers is None else markers
+        self.markers = {name: ids[name] for name in markers if name in ids}
         # A marker is spelt out by cutting it after its first character, also where two of them overlap.
         self._cut = re.compile(f"(?<=(?=(?:{either(self.markers)})).)", re.DOTALL) if self.markers else None
 
@@ -206,7 +208,7 @@ def train_sentencepiece(
             return SentencePieceTokenizer(train(int(possible[1])), user_defined_symbols)
     except RuntimeError as error:
         if needed := re.search(r"smaller than required_chars\. \d+ vs (\d+)", str(error)):
-            raise DataError(f"vocab_size {vocab_size} is too small for these texts; allowed: {needed[1]} or more") from None
+            raise DataError(f"vocab_size {vocab_size} is too small; for these texts: {needed[1]} or more") from None
         raise DataError(f"the tokenizer can't be trained: {_one_line(error)}") from error
 
 
@@ -242,20 +244,6 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> Tokenizer | None:
 def either(strings: Iterable[str]) -> str:
     """A regular expression that matches any of `strings`, the longest first."""
     return "|".join(re.escape(text) for text in sorted(strings, key=len, reverse=True))
-
-
-def _user_defined(model: bytes, size: int) -> list[int]:
-    """Ids of the user-defined pieces: sentencepiece gives no way to ask, so walk the file's first `size` entries."""
-    found, at = [], 0
-    for id in range(size):
-        length, shift, byte, at = 0, 0, 128, at + 1  # an entry is a tag byte, its length as a varint, its fields
-        while byte & 128:
-            byte, at = model[at], at + 1
-            length, shift = length | (byte & 127) << shift, shift + 7
-        at += length
-        if model[at - 2 : at] == b"\x18\x04":  # the last field, type, is USER_DEFINED
-            found.append(id)
-    return found
 
 
 def _check_markers(markers: Sequence[str]) -> None:

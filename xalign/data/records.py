@@ -93,7 +93,7 @@ def _check_kinds(where: str, **texts: Text) -> None:
         elif not isinstance(text, tuple) or not all(isinstance(message, Message) for message in text):
             raise _error(where, f"{name!r} must be text or a tuple of messages, not {type(text).__name__}")
     if len({type(text) for text in texts.values()}) > 1:
-        kinds = ", ".join(f"{name!r} is {'text' if isinstance(text, str) else 'messages'}" for name, text in texts.items())
+        kinds = ", ".join(f"{name!r} is {'text' if isinstance(t, str) else 'messages'}" for name, t in texts.items())
         raise _error(where, f"text and messages are mixed: {kinds}")
 
 

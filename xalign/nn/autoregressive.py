@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from xalign import sampling
-from xalign.logprobs import token_logprobs
+from xalign.logprobs import scored_logprobs
 from xalign.nn.decoding import Decoding, Prompts, evaluating, left_padded
 from xalign.nn.transformer import TransformerWrapper
 from xalign.stopping import StopTokens
@@ -39,10 +39,8 @@ class AutoregressiveWrapper(nn.Module):
         """
         scored = tokens != self.ignore_index
         inputs = tokens.masked_fill(~scored, self.pad_value)
-        if mask is not None:
-            scored = scored & mask & torch.cat((mask[:, :1], mask[:, :-1]), 1)
-        logps = token_logprobs(self.net(inputs, mask=mask), inputs)
-        return -logps.masked_fill(~scored[:, 1:], 0.0).sum() / scored[:, 1:].sum().clamp(min=1)
+        logps, scored = scored_logprobs(self.net, inputs, scored, mask)
+        return -logps.masked_fill(~scored, 0.0).sum() / scored.sum().clamp(min=1)
 
     def generate(self, prompts: Prompts, seq_len: int, eos_token: Ends = None, temperature: Number = 1.0,
                  prompt_lens: Tensor | Sequence[int] | None = None, filter_logits_fn: Any = None,
@@ -241,6 +239,6 @@ _ARGUMENT = {"temperature": "t", "top_k": "k", "top_p": "thres", "min_p": "min_p
 
 
 def _whole(name: str, value: int, low: int) -> int:
-    if isinstance(value, bool) or int(value) != value or value < low:
+    if isinstance(value, bool) or not low <= value < math.inf or int(value) != value:
         raise ValueError(f"{name} is {value!r}, allowed is a whole number >= {low}")
     return int(value)

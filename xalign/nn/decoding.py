@@ -29,7 +29,7 @@ def left_padded(prompts: Prompts, prompt_lens: Tensor | Sequence[int] | None, de
     if isinstance(prompts, Tensor):
         if prompts.ndim not in (1, 2):
             raise ValueError(f"prompts have shape {tuple(prompts.shape)}, allowed is (b, n), (n,) or a list of (n,)")
-        rows = list(prompts.to(device).reshape(-1, prompts.shape[-1]))
+        rows = list(prompts.to(device) if prompts.ndim == 2 else prompts.to(device)[None])
         if prompt_lens is not None:
             lens = [int(n) for n in prompt_lens]
             if len(lens) != len(rows) or any(not 0 <= n <= prompts.shape[-1] for n in lens):
@@ -39,8 +39,10 @@ def left_padded(prompts: Prompts, prompt_lens: Tensor | Sequence[int] | None, de
         if prompt_lens is not None:
             raise ValueError("prompt_lens goes with a padded tensor of prompts; a list of prompts has its own lengths")
         rows = [torch.as_tensor(p, dtype=torch.long, device=device) for p in prompts]
-    if not rows or any(row.ndim != 1 or not len(row) for row in rows):
-        empty = next((i for i, row in enumerate(rows) if row.ndim != 1 or not len(row)), 0)
+    if not rows:
+        raise ValueError("there are no prompts, allowed is at least one")
+    if any(row.ndim != 1 or not len(row) for row in rows):
+        empty = next(i for i, row in enumerate(rows) if row.ndim != 1 or not len(row))
         raise ValueError(f"prompt {empty} is empty, allowed is at least one token (the tokenizer's BOS will do)")
     lengths = [len(row) for row in rows]
     padded = torch.zeros(len(rows), max(lengths), dtype=torch.long, device=device)
@@ -77,7 +79,8 @@ class Decoding:
     def logits(self) -> Tensor:
         """Logits (b, v) of the next token; the model runs on the newest token, or on the window where it moved."""
         written = self.end - self.first_width
-        starts = [window_start(n + written, self.net.max_seq_len) + pad for n, pad in zip(self.lengths, self.paddings, strict=True)]
+        size = self.net.max_seq_len
+        starts = [window_start(n + written, size) + pad for n, pad in zip(self.lengths, self.paddings, strict=True)]
         if self.buffer is not None and starts == self.starts:
             return self.net(self.text[:, self.end - 1 : self.end], cache=self.buffer, input_not_include_cache=True)[:, -1]
         low = min(starts)
@@ -86,7 +89,7 @@ class Decoding:
             mask = self.columns[low : self.end] >= torch.tensor(starts, device=tokens.device)[:, None]
         if self.cached:
             self.shared = tokens.shape[1] if not self.starts else 0
-            self.buffer = self.net.decode_buffer(len(tokens), min(self.net.max_seq_len, self.final - low))
+            self.buffer = self.net.decode_buffer(len(tokens), min(size, self.final - low))
         self.starts = starts
         hidden = self.net(tokens, mask=mask, cache=self.buffer, input_not_include_cache=True, return_embeddings=True)
         return self.net.logits(hidden[:, -1])

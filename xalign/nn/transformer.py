@@ -1,5 +1,6 @@
 """The decoder: `TransformerWrapper(attn_layers=Decoder(...))`, with x-transformers' names where it has them."""
 
+import math
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from xalign.errors import ConfigError, reject_unknown
 from xalign.nn.attention import Attention, Cache, Context, DecodeBuffer, Prefix, alibi_slopes, rotary_angles
 
 INIT_STD = 0.02
+_WHOLE = {"num_tokens", "max_seq_len", "dim", "depth", "heads", "attn_kv_heads", "attn_dim_head", "ff_inner_dim", "rotary_dim"}
 
 
 def _checked(where: str, values: dict[str, Any]) -> dict[str, Any]:
@@ -20,8 +22,10 @@ def _checked(where: str, values: dict[str, Any]) -> dict[str, Any]:
     for name, value in options.items():
         if name.endswith("dropout") and not 0 <= value < 1:
             raise ConfigError(f"{where}: {name} is {value!r}, allowed is a number in [0, 1)")
-        if name in ("num_tokens", "max_seq_len", "dim", "depth", "heads", "attn_dim_head") and value < 1:
+        if name in _WHOLE and value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
             raise ConfigError(f"{where}: {name} is {value!r}, allowed is a whole number >= 1")
+        if name in ("ff_mult", "norm_eps", "rotary_base") and not 0 < value < math.inf:
+            raise ConfigError(f"{where}: {name} is {value!r}, allowed is a finite number > 0")
     return options
 
 

@@ -1,0 +1,83 @@
+"""Our own engine: prompts (text or messages) to completions, in batches of similar length."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from xalign import sampling
+from xalign.backends.base import Completion, SamplingParams
+from xalign.data.chat_template import render_prompt
+from xalign.data.records import Text
+from xalign.nn.autoregressive import AutoregressiveWrapper
+from xalign.nn.transformer import TransformerWrapper
+from xalign.stopping import StopStrings, Utf8Stream
+from xalign.tokenizers import Tokenizer
+
+
+class NativeBackend:
+    """`generate` and `stream` for one model and its tokenizer; `batch_size` bounds the rows that run together."""
+
+    def __init__(self, model: TransformerWrapper, tokenizer: Tokenizer, batch_size: int = 64):
+        self.wrapper = AutoregressiveWrapper(model, pad_value=tokenizer.pad_id)
+        self.tokenizer, self.batch_size = tokenizer, batch_size
+
+    def generate(self, prompts: Sequence[Text], params: SamplingParams, progress: str = "") -> list[list[Completion]]:
+        """`params.n` completions of each prompt, in the prompts' order; `progress` names a progress bar."""
+        rendered = [render_prompt(self.tokenizer, prompt) for prompt in prompts]
+        order = sorted(range(len(prompts)), key=lambda i: len(rendered[i].ids))
+        results: list[list[Completion]] = [[] for _ in prompts]
+        size = max(1, self.batch_size // (params.n * params.beams))
+        with tqdm(total=len(prompts), desc=progress, unit="prompt", disable=not progress, mininterval=1) as bar:
+            for at in range(0, len(order), size):
+                rows = order[at : at + size]
+                stops = sorted({s for i in rows for s in rendered[i].stops})
+                tokens, logps = self._tokens([rendered[i].ids for i in rows], rows, stops, params)
+                for i, row_tokens, row_logps in zip(rows, tokens.tolist(), logps.tolist(), strict=True):
+                    results[i] = [self._completion(t, p, stops, params) for t, p in zip(row_tokens, row_logps, strict=True)]
+                bar.update(len(rows))
+        return results
+
+    def _tokens(self, ids: list[list[int]], rows: list[int], stops: list[int], params: SamplingParams) -> tuple[Tensor, Tensor]:
+        """Token ids and their log-probabilities, (b, n, m) each."""
+        prompts = [torch.tensor(row) for row in ids]
+        if params.beams > 1:
+            tokens, scores = self.wrapper.beam_search(prompts, params.max_new_tokens, params.beams, stops,
+                                                      params.length_penalty, return_beams_and_scores=True)
+            lengths = (tokens[0] != self.wrapper.pad_value).sum(-1).clamp(min=1)
+            logps = torch.zeros_like(tokens[0], dtype=torch.float32)
+            if logps.shape[1]:
+                logps[:, 0] = scores[0] * lengths**params.length_penalty
+            return tokens[0][:, None], logps[:, None]
+        options: dict[str, Any] = {k: getattr(params, k) for k in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")}
+        seeds = None if params.seed is None else sampling.row_keys(params.seed, max(rows) + 1)[rows]
+        options |= {"seed": seeds, "num_samples": params.n, "eos_token": stops}
+        tokens, logps = self.wrapper.generate(prompts, params.max_new_tokens, return_logprobs=True, **options)
+        return (tokens, logps) if params.n > 1 else (tokens[:, None], logps[:, None])
+
+    def _completion(self, tokens: list[int], logps: list[float], stops: list[int], params: SamplingParams) -> Completion:
+        end = next((i for i, t in enumerate(tokens) if t in stops), None)
+        body = tokens if end is None else tokens[:end]
+        used = len(tokens) if end is None else end + 1
+        cutter = StopStrings(params.stop)
+        text = self.tokenizer.decode(body)
+        text = cutter.push(text) + cutter.flush()
+        stopped = end is not None or cutter.stopped is not None
+        return Completion(text, tuple(tokens[:used]), "stop" if stopped else "length", sum(logps[:used]))
+
+    def stream(self, prompt: Text, params: SamplingParams) -> Iterator[str]:
+        """The text of one completion in pieces as they come; stop strings and unfinished characters never show."""
+        rendered = render_prompt(self.tokenizer, prompt)
+        characters, cutter = Utf8Stream(), StopStrings(params.stop)
+        options: dict[str, Any] = {k: getattr(params, k) for k in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")}
+        seeds = None if params.seed is None else sampling.row_keys(params.seed, 1)
+        steps = self.wrapper.stream([torch.tensor(rendered.ids)], params.max_new_tokens, rendered.stops, seed=seeds, **options)
+        for step in steps:
+            if int(step) in rendered.stops:
+                break
+            yield cutter.push(characters.push(self.tokenizer.decode_bytes([int(step)])))
+            if cutter.stopped is not None:
+                return
+        yield cutter.push(characters.flush()) + cutter.flush()

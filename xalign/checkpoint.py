@@ -1,0 +1,128 @@
+"""Save, load and resume, atomically. A checkpoint folder is a Hugging Face folder; training state lies in `training/`."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from xalign import hf
+from xalign.dpo import DPO, unwrap
+from xalign.errors import CheckpointError
+from xalign.nn.transformer import TransformerWrapper
+from xalign.tokenizers import Tokenizer, load_tokenizer
+
+WEIGHTS, CONFIG, STATE = "model.safetensors", "config.json", "training/state.pt"
+
+
+def write_atomically(path: str | os.PathLike, data: str | bytes) -> None:
+    """Write a file whole or not at all: a temporary neighbour is renamed onto it."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data.encode() if isinstance(data, str) else data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
+    """A folder to fill that appears under its name only when the block has ended well; it replaces an older one."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary, old = (path.with_name(f".{path.name}.{os.getpid()}.{kind}") for kind in ("tmp", "old"))
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        if path.exists():
+            path.rename(old)
+        temporary.rename(path)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _network(model: nn.Module) -> TransformerWrapper:
+    network = unwrap(model.policy_model if isinstance(model, DPO) else model)
+    if not isinstance(network, TransformerWrapper):
+        raise CheckpointError(f"{type(network).__name__} can't be saved, allowed is a TransformerWrapper or a wrapper of one")
+    return network
+
+
+def save_pretrained(model: nn.Module, path: str | os.PathLike, tokenizer: Tokenizer | None = None,
+                    state: dict[str, Any] | None = None) -> None:
+    """Write a checkpoint folder, whole or not at all; wrappers are unwrapped, `state` goes to training/state.pt."""
+    network = _network(model)
+    with atomic_folder(path) as folder:
+        config, tensors = hf.to_hf(network, tokenizer)
+        save_file({k: v.detach().contiguous() for k, v in tensors.items()}, folder / WEIGHTS, metadata={"format": "pt"})
+        write_atomically(folder / CONFIG, json.dumps(config, indent=2) + "\n")
+        ends = {k: config[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id") if config[k] is not None}
+        write_atomically(folder / "generation_config.json", json.dumps(ends, indent=2) + "\n")
+        if tokenizer is not None:
+            tokenizer.save(folder)
+        if state is not None:
+            (folder / STATE).parent.mkdir()
+            torch.save(state, folder / STATE)
+
+
+def load_state(path: str | os.PathLike) -> dict[str, Any]:
+    """The training state of a checkpoint folder."""
+    try:
+        return torch.load(Path(path) / STATE, weights_only=True)
+    except Exception as error:  # torch raises many kinds for a damaged file
+        raise CheckpointError(f"{path}: no usable training state ({str(error).splitlines()[0]})") from error
+
+
+def load_pretrained(path: str | os.PathLike, dtype: str | torch.dtype | None = None,
+                    device: str | torch.device | None = None) -> tuple[TransformerWrapper, Tokenizer | None]:
+    """A model and its tokenizer (None where the folder has none) from a checkpoint folder, in eval mode.
+
+    `dtype` None keeps the file's. Raises `CheckpointError` for a missing or damaged folder, tensors of another shape,
+    missing or unknown ones, and values that are not finite.
+    """
+    folder = Path(path)
+    if not (folder / CONFIG).is_file():
+        raise CheckpointError(f"{path}: no {CONFIG} there, allowed is a folder in Hugging Face layout")
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        model, names = hf.from_hf(config, str(folder / CONFIG))
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{folder / CONFIG}:{error.lineno}: no JSON ({error.msg})") from error
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{folder / CONFIG}: missing or wrong field ({error})") from error
+    load_weights(model, folder / WEIGHTS, names)
+    return model.to(device=device, dtype=hf.torch_dtype(dtype)).eval(), load_tokenizer(folder)
+
+
+def load_weights(model: nn.Module, path: Path, names: dict[str, str]) -> None:
+    """Put the tensors of a safetensors file into a model; `names` maps the model's names to the file's."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            present = set(file.keys())
+            for problem, keys in (("lacks", set(names.values()) - present), ("has the unknown", present - set(names.values()))):
+                if keys:
+                    raise CheckpointError(f"{path}: {problem} tensor {min(keys)}{f' and {len(keys) - 1} more' * (len(keys) > 1)}")
+            tensors = {name: file.get_tensor(key) for name, key in names.items()}
+    except (SafetensorError, FileNotFoundError) as error:
+        raise CheckpointError(f"{path}: can't be read as safetensors ({error})") from error
+    for name, parameter in model.state_dict().items():
+        tensor = tensors[name]
+        if tensor.shape != parameter.shape:
+            raise CheckpointError(f"{path}: {names[name]} has shape {tuple(tensor.shape)}, allowed is {tuple(parameter.shape)}, "
+                                  f"the shape that {CONFIG} gives")
+        if not bool(tensor.isfinite().all()):
+            raise CheckpointError(f"{path}: {names[name]} holds values that are not finite (NaN or infinity)")
+    model.load_state_dict(tensors, assign=True)

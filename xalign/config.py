@@ -1,0 +1,360 @@
+"""The programs' settings: dataclasses in groups, and one parser for flags, `--config` files and `--help`.
+
+No torch here: `--help` answers at once. Flags take `-` or `_`; a JSON file given with `--config` sets defaults
+under the same names, and flags win over it.
+"""
+
+import contextlib
+import dataclasses
+import io
+import json
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from xalign.errors import ConfigError, nearest
+
+C = TypeVar("C")
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Which model to start from, or the shape of one trained from scratch."""
+
+    model: str | None = None
+    """Folder of a trained model; none: a tokenizer and a model are trained from scratch first."""
+    vocab_size: int = 1024
+    """Pieces of the SentencePiece tokenizer that is trained (fewer where the text has fewer)."""
+    dim: int = 128
+    """Width of the hidden states."""
+    depth: int = 4
+    """Number of layers."""
+    heads: int = 4
+    """Attention heads."""
+    kv_heads: int | None = None
+    """Key/value heads (grouped-query attention); none: as many as heads."""
+    dropout: float = 0.0
+    """Dropout of embedding, attention and feed-forward while training from scratch."""
+    max_seq_len: int = 512
+    """Positions of a model from scratch."""
+
+
+@dataclass(frozen=True)
+class SFTOptions:
+    """How the imitation stage is trained."""
+
+    sft_learning_rate: float = 4e-3
+    """Peak learning rate."""
+    sft_epochs: float = 3.0
+    """Passes over the text."""
+    sft_batch_size: int = 24
+    """Documents a step."""
+    sft_warmup_steps: int = 50
+    """Steps of linear warmup."""
+
+
+@dataclass(frozen=True)
+class PreferenceDataOptions:
+    """Preference pairs, and the text for the model from scratch."""
+
+    dataset: str | None = None
+    """File of preference pairs (.jsonl, .jsonl.gz, .json); none: the embedded toy world."""
+    eval_dataset: str | None = None
+    """Held-out pairs; none: the toy world's, or a seeded tenth of the dataset's prompts."""
+    sft_dataset: str | None = None
+    """Text to imitate before alignment; none: the toy world's corpus, or the chosen side of the pairs."""
+    max_length: int = 512
+    """Tokens of prompt and completion together."""
+    truncation_mode: Literal["keep_end", "keep_start"] = "keep_end"
+    """Which part of a prompt that is too long stays; both sides of a pair keep the same one."""
+    identical: Literal["drop", "keep"] = "drop"
+    """Pairs whose two sides are the same text (counted in any case)."""
+
+
+@dataclass(frozen=True)
+class LossOptions:
+    """The preference loss."""
+
+    loss_type: str = "sigmoid"
+    """Name of the loss (see docs/design.md)."""
+    beta: float = 0.1
+    """Strength of the pull towards the reference, > 0."""
+    label_smoothing: float = 0.0
+    """Probability that a label is flipped, in [0, .5)."""
+    ref_model: str | None = None
+    """Folder of the reference; none: a frozen copy of the model before training."""
+    precompute_ref_log_probs: bool = True
+    """Run the reference over all pairs once, before training."""
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """The training loop."""
+
+    learning_rate: float = 1e-4
+    """Peak learning rate."""
+    batch_size: int = 16
+    """Records a forward pass."""
+    gradient_accumulation_steps: int = 1
+    """Forward passes an optimizer step; losses are averaged over all of them together."""
+    num_train_epochs: float = 1.0
+    """Passes over the data."""
+    max_steps: int = -1
+    """Optimizer steps; -1: as the epochs give."""
+    warmup_steps: int = 10
+    """Steps of linear warmup."""
+    lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
+    """Schedule after the warmup."""
+    weight_decay: float = 0.0
+    """Decay of matrices."""
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this norm; 0: never."""
+    bf16: bool = False
+    """Matrix products in bfloat16 (autocast): faster on GPUs and on CPUs with AVX512-BF16 or AMX."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, more time."""
+    seed: int = 0
+    """Seed of initialisation, data order and draws."""
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Where a run lives and what it reports."""
+
+    output_dir: str | None = None
+    """Run folder; none: runs/<run name>."""
+    run_name: str | None = None
+    """Name of the run; none: the program's."""
+    logging_steps: int = 10
+    """Steps between log lines."""
+    eval_steps: int = 50
+    """Steps between evaluations on held-out data; 0: none in between."""
+    save_steps: int = 50
+    """Steps between checkpoints."""
+    report_to: Literal["none", "wandb"] = "none"
+    """Where metrics go besides metrics.jsonl; WANDB_MODE=offline keeps wandb on this machine."""
+    device: str | None = None
+    """cpu, cuda, ...; none: a GPU where there is one."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of the weights."""
+    resume: bool = False
+    """Insist on continuing: fail where the folder has nothing to resume (a same configuration resumes anyway)."""
+    overwrite: bool = False
+    """Start anew in a folder that holds a run."""
+    dry_run: bool = False
+    """Show one rendered, tokenised and masked record and the parameter count, then stop."""
+
+
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """The evaluation at the end."""
+
+    eval_prompts: int = 500
+    """Held-out prompts to sample from."""
+    eval_samples: int = 4
+    """Samples a prompt, temperature 1, unfiltered."""
+    eval_max_new_tokens: int = 128
+    """Tokens a sample at most."""
+
+
+@dataclass(frozen=True)
+class DPOConfig:
+    """Align a model with preferences: (tokenizer and SFT where no --model is given,) reference, DPO, evaluation, report."""
+
+    model: ModelOptions = field(default_factory=ModelOptions)
+    sft: SFTOptions = field(default_factory=SFTOptions)
+    data: PreferenceDataOptions = field(default_factory=PreferenceDataOptions)
+    loss: LossOptions = field(default_factory=LossOptions)
+    training: TrainingOptions = field(default_factory=TrainingOptions)
+    run: RunOptions = field(default_factory=RunOptions)
+    evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
+
+
+@dataclass(frozen=True)
+class SFTDataOptions:
+    """Text, prompt+completion, conversations, or the chosen side of preference pairs."""
+
+    dataset: tuple[str, ...] = ()
+    """Files (.txt with a document a line, .jsonl, .jsonl.gz, .json); none: the embedded corpus."""
+    dataset_weights: tuple[float, ...] = ()
+    """How often an epoch visits each file; none: once each."""
+    eval_dataset: str | None = None
+    """Held-out file; none: a seeded twentieth of the data."""
+    max_length: int = 512
+    """Tokens a record."""
+    truncation_mode: Literal["keep_end", "keep_start"] = "keep_start"
+    """Which part of a record that is too long stays; plain documents are split instead."""
+
+
+@dataclass(frozen=True)
+class SFTConfig:
+    """Train a model to imitate: plain text, completions, or the assistant's turns of conversations."""
+
+    model: ModelOptions = field(default_factory=ModelOptions)
+    data: SFTDataOptions = field(default_factory=SFTDataOptions)
+    training: TrainingOptions = field(default_factory=lambda: TrainingOptions(learning_rate=4e-3, batch_size=24, warmup_steps=50))
+    run: RunOptions = field(default_factory=RunOptions)
+
+
+@dataclass(frozen=True)
+class PromptOptions:
+    """What to continue."""
+
+    model: str = "runs/demo/policy"
+    """Folder of a trained model."""
+    prompt: str | None = None
+    """One prompt (also -p); none: --prompts, or standard input."""
+    prompts: str | None = None
+    """File with a prompt a line: .txt, or .jsonl with "prompt" as text or messages."""
+    chat: bool = False
+    """Render prompts with the model's chat template as a user's turn."""
+    system: str | None = None
+    """System turn in front (with --chat)."""
+    json: bool = False
+    """Write a JSON object a completion instead of text."""
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How to draw; without any of these: temperature 1, unfiltered."""
+
+    temperature: float = 1.0
+    """0 is greedy."""
+    top_k: int | None = None
+    """Keep the k likeliest tokens."""
+    top_p: float | None = None
+    """Keep the smallest set of tokens with this mass."""
+    min_p: float | None = None
+    """Keep tokens at least this many times as likely as the likeliest."""
+    repetition_penalty: float = 1.0
+    """Divide the logits of tokens seen; 1 changes nothing."""
+    max_new_tokens: int = 256
+    """Length of a completion at most."""
+    n: int = 1
+    """Completions a prompt."""
+    stop: tuple[str, ...] = ()
+    """Strings that end a completion (and are no part of it)."""
+    seed: int | None = None
+    """Seed of the draws; none: another text each time."""
+    beams: int = 1
+    """Beam search of this width instead of sampling."""
+    length_penalty: float = 1.0
+    """Exponent of the length in a beam's score."""
+    batch_size: int = 64
+    """Rows that run together."""
+    device: str | None = None
+    """cpu, cuda, ...; none: a GPU where there is one."""
+    dtype: str | None = None
+    """float32, bfloat16, float16; none: the checkpoint's."""
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """Continue prompts with a trained model; completions go to standard output."""
+
+    prompt: PromptOptions = field(default_factory=PromptOptions)
+    sampling: SamplingOptions = field(default_factory=SamplingOptions)
+
+
+def flatten(config: Any) -> dict[str, Any]:
+    """All settings of a configuration by their flag's name."""
+    return {f.name: getattr(group, f.name) for group in _groups(config) for f in dataclasses.fields(group)}
+
+
+def _groups(config: Any) -> list[Any]:
+    return [getattr(config, f.name) for f in dataclasses.fields(config)]
+
+
+def parse(kind: type[C], arguments: Sequence[str], program: str, short: dict[str, str] | None = None) -> C:
+    """Parse flags into a `kind`; prints and leaves for `--help` and `--print-config`. Raises `ConfigError`, one line."""
+    import tyro
+
+    default = kind()
+    known = flatten(default)
+    arguments = [_normal(a, short or {}) for a in arguments]
+    print_config = "--print-config" in arguments
+    arguments = [a for a in arguments if a != "--print-config"]
+    arguments = _config_file(arguments, known)
+    switches = {name for name, value in known.items() if isinstance(value, bool)}
+    for argument in arguments:
+        name = argument.removeprefix("--").split("=")[0].replace("-", "_")
+        if argument.startswith("--") and name not in known and name.removeprefix("no_") not in switches and name != "help":
+            flags = [k.replace("_", "-") for k in (*known, "config", "print_config", "help")]
+            close = nearest(name.replace("_", "-"), flags).replace("'", "", 1).replace("did you mean ", "did you mean --")
+            raise ConfigError(f"unknown flag {argument.split('=')[0]}{close.replace(chr(39), '')} ({program} --help lists all)")
+    refused = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(refused):
+            config = tyro.cli(kind, args=arguments, default=default, prog=program, config=(tyro.conf.OmitArgPrefixes,),
+                              description=_description(kind))
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        raise ConfigError(_one_line(refused.getvalue())) from None
+    for name, value in flatten(config).items():
+        if isinstance(value, (str, Path)) and "\0" in str(value):
+            raise ConfigError(f"--{name.replace('_', '-')} holds a NUL character")
+    if print_config:
+        print(json.dumps(flatten(config), indent=2))
+        sys.exit(0)
+    return config
+
+
+def _description(kind: type) -> str:
+    return f"{kind.__doc__} Besides: --config FILE takes settings from a JSON file, --print-config shows them as one."
+
+
+def _normal(argument: str, short: dict[str, str]) -> str:
+    if argument in short:
+        return short[argument]
+    if argument.startswith("--"):
+        flag, equals, value = argument.partition("=")
+        return flag.replace("_", "-") + equals + value
+    return argument
+
+
+def _config_file(arguments: list[str], known: dict[str, Any]) -> list[str]:
+    """Replace `--config FILE` by the flags that its settings are, in front, so that the command line's own win."""
+    rest: list[str] = []
+    flags: list[str] = []
+    pending = iter(arguments)
+    for argument in pending:
+        flag, _, value = argument.partition("=")
+        if flag != "--config":
+            rest.append(argument)
+            continue
+        file = value or next(pending, "")
+        try:
+            values = json.loads(Path(file).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(f"--config {file}: {error.strerror}") from error
+        except ValueError as error:
+            raise ConfigError(f"--config {file}: no JSON ({error})") from error
+        if not isinstance(values, dict):
+            raise ConfigError(f"--config {file} holds a {type(values).__name__}, allowed is an object of settings")
+        for name, setting in values.items():
+            name = name.replace("-", "_")
+            if name not in known:
+                raise ConfigError(f"--config {file}: no setting {name!r}{nearest(name, known)}")
+            flags += _as_flags(name.replace("_", "-"), setting)
+    return flags + rest
+
+
+def _as_flags(name: str, setting: Any) -> list[str]:
+    if isinstance(setting, bool):
+        return [f"--{name}" if setting else f"--no-{name}"]
+    return [f"--{name}", *(str(v) for v in (setting if isinstance(setting, list) else [setting]))]
+
+
+def _one_line(box: str) -> str:
+    """The message inside the box that tyro draws."""
+    lines = [re.sub(r"^[│|]\s?|\s*[│|]$", "", line).strip() for line in box.splitlines() if line[:1] in "│|"]
+    message = []
+    for line in lines:
+        if line.startswith("──"):
+            break
+        message.append(line)
+    return " ".join(message) or box.strip().replace("\n", " ")

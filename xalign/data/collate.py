@@ -1,0 +1,296 @@
+"""Records to batches: encoding, truncation, padding, and the order in which rows are visited.
+
+Everything that has to do with position is a pure function of (seed, step): to resume at step N, begin at step N.
+"""
+
+import itertools
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Literal, Self
+
+import torch
+from torch import Tensor
+
+from xalign.data.chat_template import render_completion
+from xalign.data.records import Example, PreferencePair, Text
+from xalign.errors import ConfigError, DataError
+from xalign.tokenizers import Tokenizer
+
+TruncationMode = Literal["keep_end", "keep_start"]
+
+
+@dataclass(frozen=True)
+class EncodedPair:
+    """Ids of a prompt (BOS first) and of the two completions (their end-of-turn token, mostly EOS, last)."""
+
+    prompt: list[int]
+    chosen: list[int]
+    rejected: list[int]
+    where: str = ""
+
+    @property
+    def length(self) -> int:
+        """Tokens of the longer side, prompt included."""
+        return len(self.prompt) + max(len(self.chosen), len(self.rejected))
+
+
+@dataclass(frozen=True)
+class EncodedExample:
+    """Ids (BOS first) and which of them are scored."""
+
+    ids: list[int]
+    loss_mask: list[bool]
+    where: str = ""
+
+    @property
+    def length(self) -> int:
+        """Number of tokens."""
+        return len(self.ids)
+
+
+def encode_pair(pair: PreferencePair, tokenizer: Tokenizer, template: str | None = None) -> EncodedPair:
+    """Tokenise a pair by `chat_template`'s rule; `template` as in its `render`. Raises `DataError` with `where`."""
+    prompt, chosen, _ = _completion(pair.prompt, pair.chosen, pair.where, tokenizer, template)
+    _, rejected, _ = _completion(pair.prompt, pair.rejected, pair.where, tokenizer, template)
+    return EncodedPair(prompt, chosen, rejected, pair.where)
+
+
+def encode_example(example: Example, tokenizer: Tokenizer, template: str | None = None) -> EncodedExample:
+    """Tokenise an example: the completion's assistant turns are scored, of plain text all but BOS and the prompt."""
+    prompt, ids, mask = _completion(example.prompt, example.completion, example.where, tokenizer, template)
+    return EncodedExample(prompt + ids, [False] * len(prompt) + mask, example.where)
+
+
+def _completion(
+    prompt: Text, completion: Text, where: str, tokenizer: Tokenizer, template: str | None
+) -> tuple[list[int], list[int], list[bool]]:
+    try:
+        return render_completion(tokenizer, prompt, completion, template)
+    except DataError as error:
+        raise DataError(f"{where}: {error}" if where else str(error)) from error
+
+
+@dataclass
+class TruncationReport:
+    """How many records were looked at, and how many lost a part of the prompt, of a completion, or everything."""
+
+    total: int = 0
+    prompt_cut: int = 0
+    completion_cut: int = 0
+    dropped: int = 0
+    split: int = 0
+
+    def __str__(self) -> str:
+        counts = {"prompts cut": self.prompt_cut, "completions cut": self.completion_cut,
+                  "dropped": self.dropped, "split": self.split}  # fmt: skip
+        parts = [f"{number:,} {name}" for name, number in counts.items() if number]
+        return f"of {self.total:,} records: " + (", ".join(parts) or "none cut")
+
+
+def truncate_pair(
+    pair: EncodedPair, max_length: int, mode: TruncationMode = "keep_end", report: TruncationReport | None = None
+) -> EncodedPair | None:
+    """Shorten a pair so that prompt + longer completion ≤ `max_length` tokens; both sides keep one and the same prompt.
+
+    `keep_end` cuts the prompt's beginning (never its BOS) down to a quarter of `max_length`, and then, where that is
+    not enough, the completions' ends. `keep_start` cuts only the completions' ends. None, counted as dropped, where
+    no token of a completion would be left or nothing that tells chosen from rejected. A cut completion has no EOS.
+    """
+    _check_length(max_length, mode)
+    report = TruncationReport() if report is None else report
+    report.total += 1
+    longest = max(len(pair.chosen), len(pair.rejected))
+    if pair.length <= max_length:
+        return pair
+    prompt = pair.prompt
+    if mode == "keep_end":
+        room = max(max_length - longest, max_length // 4, 1)
+        prompt = prompt if len(prompt) <= room else prompt[:1] + prompt[len(prompt) - room + 1 :]
+    room = max_length - len(prompt)
+    chosen, rejected = pair.chosen[: max(room, 0)], pair.rejected[: max(room, 0)]
+    if not chosen or not rejected or (chosen == rejected and pair.chosen != pair.rejected):
+        report.dropped += 1
+        return None
+    report.prompt_cut += len(prompt) < len(pair.prompt)
+    report.completion_cut += longest > room
+    return replace(pair, prompt=prompt, chosen=chosen, rejected=rejected)
+
+
+def truncate_example(
+    example: EncodedExample,
+    max_length: int,
+    mode: TruncationMode = "keep_start",
+    report: TruncationReport | None = None,
+) -> list[EncodedExample]:
+    """Shorten an example to `max_length` tokens.
+
+    A plain document (all but BOS is scored) is split into windows instead; each begins with the last token of the one
+    before as unscored context, so that every token is scored once. Of others the end is cut (`keep_start`), or what
+    follows BOS (`keep_end`); the list is empty, and that is counted as dropped, if nothing scored is left.
+    """
+    _check_length(max_length, mode)
+    report = TruncationReport() if report is None else report
+    report.total += 1
+    ids, mask = example.ids, example.loss_mask
+    if len(ids) <= max_length:
+        return [example]
+    if all(mask[1:]):
+        report.split += 1
+        starts = range(0, len(ids) - 1, max_length - 1)
+        windows = [(ids[i : i + max_length], mask[i : i + max_length]) for i in starts]
+        return [EncodedExample(part, [scored[0] and not i, *scored[1:]], example.where)
+                for i, (part, scored) in enumerate(windows)]  # fmt: skip
+    kept = range(max_length) if mode == "keep_start" else [0, *range(len(ids) - max_length + 1, len(ids))]
+    cut = EncodedExample([ids[i] for i in kept], [mask[i] for i in kept], example.where)
+    if not any(cut.loss_mask[1:]):
+        report.dropped += 1
+        return []
+    scored_cut = sum(mask) - sum(cut.loss_mask)
+    report.completion_cut += scored_cut > 0
+    report.prompt_cut += len(ids) - max_length > scored_cut
+    return [cut]
+
+
+def _check_length(max_length: int, mode: str) -> None:
+    if max_length < 2:
+        raise ConfigError(f"max_length={max_length} is not allowed; allowed: 2 or more")
+    if mode not in ("keep_end", "keep_start"):
+        raise ConfigError(f"truncation mode {mode!r} is not allowed; allowed: 'keep_end', 'keep_start'")
+
+
+class _Batch:
+    """What both batches can: move to a device, and say how many rows they have."""
+
+    index: Tensor
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same batch on `device`."""
+        return type(self)(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class PairBatch(_Batch):
+    """Right-padded prompt + completion of both sides, `(b, n_c)` and `(b, n_r)`, and `(b,)` indices of the rows.
+
+    The masks are bool: `*_mask` is True on real tokens, `*_prompt_mask` on the prompt's.
+    """
+
+    chosen: Tensor
+    rejected: Tensor
+    chosen_mask: Tensor
+    rejected_mask: Tensor
+    chosen_prompt_mask: Tensor
+    rejected_prompt_mask: Tensor
+    index: Tensor
+
+
+@dataclass(frozen=True)
+class ExampleBatch(_Batch):
+    """Right-padded ids `(b, n)`, bool masks of real and of scored tokens, and `(b,)` indices of the rows."""
+
+    tokens: Tensor
+    mask: Tensor
+    loss_mask: Tensor
+    index: Tensor
+
+
+def collate_pairs(pairs: Sequence[EncodedPair], pad_id: int, index: Sequence[int] | None = None) -> PairBatch:
+    """Pad pairs into a batch; `index` (default 0, 1, …) says which rows of the dataset they are."""
+    chosen, chosen_mask = _pad([pair.prompt + pair.chosen for pair in pairs], pad_id)
+    rejected, rejected_mask = _pad([pair.prompt + pair.rejected for pair in pairs], pad_id)
+    prompts = torch.tensor([len(pair.prompt) for pair in pairs])[:, None]
+    chosen_prompt, rejected_prompt = (torch.arange(side.shape[1]) < prompts for side in (chosen, rejected))
+    rows = torch.tensor(range(len(pairs)) if index is None else index)
+    return PairBatch(chosen, rejected, chosen_mask, rejected_mask, chosen_prompt, rejected_prompt, rows)
+
+
+def collate_examples(
+    examples: Sequence[EncodedExample], pad_id: int, index: Sequence[int] | None = None
+) -> ExampleBatch:
+    """Pad examples into a batch; `index` as in `collate_pairs`."""
+    tokens, mask = _pad([example.ids for example in examples], pad_id)
+    loss_mask, _ = _pad([example.loss_mask for example in examples], False)
+    rows = torch.tensor(range(len(examples)) if index is None else index)
+    return ExampleBatch(tokens, mask, loss_mask.bool(), rows)
+
+
+def _pad(rows: Sequence[Sequence[int]], value: int) -> tuple[Tensor, Tensor]:
+    """Right-pad rows to `(b, n)` long, with the bool mask of what is real."""
+    width = max(len(row) for row in rows)
+    lengths = torch.tensor([len(row) for row in rows])[:, None]
+    return torch.tensor([[*row, *[value] * (width - len(row))] for row in rows]), torch.arange(width) < lengths
+
+
+class Schedule:
+    """Which rows each step sees: a pure function of (seed, epoch, step), the same in every process.
+
+    Every row comes once an epoch; `len()` is the number of steps in an epoch. `batch_size` counts the rows of one rank;
+    the ranks' shards of a step are disjoint and differ by at most one row. Only an epoch's last step may be smaller;
+    a rest of fewer rows than there are ranks joins the step before, so no rank ever idles. With `group_by_length`, rows
+    of similar length share a step: they are sorted within shuffled runs of 50 steps, whose steps are then shuffled.
+    """
+
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        batch_size: int,
+        seed: int,
+        group_by_length: bool = True,
+        rank: int = 0,
+        world_size: int = 1,
+    ):
+        if batch_size < 1 or not 0 <= rank < world_size:
+            raise ConfigError(f"batch_size={batch_size}, rank={rank} of {world_size}; allowed: ≥ 1, 0 ≤ rank < world")
+        if len(lengths) < world_size:
+            raise DataError(f"{len(lengths)} rows are too few for {world_size} processes; allowed: a row each or more")
+        self.lengths, self.seed, self.group_by_length = lengths, seed, group_by_length
+        self.rank, self.world_size = rank, world_size
+        self._size = batch_size * world_size
+        self._steps = max(1, (len(lengths) + self._size - world_size) // self._size)
+        self._cached: tuple[int, list[list[int]]] = (-1, [])
+
+    def __len__(self) -> int:
+        return self._steps
+
+    def batch(self, step: int) -> list[int]:
+        """This rank's row indices in global step `step` ≥ 0, counted over all epochs."""
+        epoch, position = divmod(step, self._steps)
+        if self._cached[0] != epoch:
+            self._cached = epoch, self._epoch(epoch)
+        return self._cached[1][position][self.rank :: self.world_size]
+
+    def _epoch(self, epoch: int) -> list[list[int]]:
+        """All steps of an epoch, each with the rows of all ranks."""
+        draw = random.Random(f"{self.seed}:{epoch}")  # a string is hashed alike in every process
+        order = list(range(len(self.lengths)))
+        draw.shuffle(order)
+        last = (self._steps - 1) * self._size
+        last += self._size if len(order) == last + self._size else 0  # a full last step is one like the others
+        order, rest = order[:last], order[last:]
+        if self.group_by_length:
+            run = 50 * self._size
+            runs = (sorted(order[i : i + run], key=self.lengths.__getitem__) for i in range(0, last, run))
+            order = list(itertools.chain.from_iterable(runs))
+        steps = [order[i : i + self._size] for i in range(0, last, self._size)]
+        draw.shuffle(steps)
+        return [*steps, rest] if rest else steps
+
+
+def mixture(sizes: Sequence[int], weights: Sequence[float], seed: int, epoch: int) -> list[tuple[int, int]]:
+    """The (dataset, row) pairs of one epoch over several datasets, in order; the number is the same every epoch.
+
+    Weight 2 takes every row twice, 0.5 a half that is drawn anew by (seed, epoch), 1.5 every row and such a half.
+    """
+    if len(sizes) != len(weights) or any(not 0 <= weight < float("inf") for weight in weights):
+        raise ConfigError(f"weights {list(weights)} for {len(sizes)} datasets; allowed: one number ≥ 0 for each")
+    rows: list[tuple[int, int]] = []
+    for dataset, (size, weight) in enumerate(zip(sizes, weights, strict=True)):
+        draw = random.Random(f"{seed}:{epoch}:{dataset}")
+        whole = int(weight)
+        rest = draw.sample(range(size), round(size * (weight - whole)))
+        rows += [(dataset, row) for row in [*list(range(size)) * whole, *sorted(rest)]]
+    return rows

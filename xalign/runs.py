@@ -1,0 +1,148 @@
+"""The run folder: who owns it, with which configuration, its logs and its checkpoints."""
+
+import fcntl
+import json
+import os
+import re
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from torch import nn
+
+from xalign.checkpoint import load_pretrained, load_state, save_pretrained, write_atomically
+from xalign.errors import CheckpointError
+from xalign.nn.transformer import TransformerWrapper
+from xalign.tokenizers import Tokenizer
+
+KEPT_CHECKPOINTS = 2  # the newest, and the one before in case the newest is damaged
+CONFIG, METRICS, SAMPLES, LATEST = "config.json", "metrics.jsonl", "samples.jsonl", "latest"
+
+
+class RunFolder:
+    """A folder `runs/<name>` with `config.json`, `metrics.jsonl`, `samples.jsonl`, `checkpoint-N/` and `latest`."""
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = Path(path)
+        self.wandb: Any = None
+        self._lock: IO | None = None
+
+    def claim(self, config: dict[str, Any], overwrite: bool = False) -> None:
+        """Take the folder for this process, until it ends, and for this configuration.
+
+        Raises `CheckpointError` if a live process holds it, if its configuration is another one (`overwrite` starts it
+        anew), or if it holds something else. The same configuration resumes.
+        """
+        old = self.path / CONFIG
+        if self.path.exists() and not self.path.is_dir():
+            raise CheckpointError(f"{self.path} is a file, allowed is a new folder or one that xalign made")
+        if self.path.is_dir() and not old.exists() and any(p.name != ".lock" for p in self.path.iterdir()):
+            raise CheckpointError(f"{self.path} holds files but no {CONFIG}, allowed is a new folder or one that xalign made")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = open(self.path / ".lock", "w")  # noqa: SIM115  held, hence locked, as long as the process lives
+        except OSError as error:
+            raise CheckpointError(f"{self.path} can't be written ({error.strerror})") from error
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise CheckpointError(f"{self.path} is in use by another process, allowed is one at a time") from None
+        if overwrite:
+            for entry in self.path.iterdir():
+                if entry.name != ".lock":
+                    shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        elif old.exists():
+            before = read_json(old)
+            for key in sorted({*before, *config}):
+                if before.get(key) != config.get(key):
+                    raise CheckpointError(
+                        f"{self.path} was made with {key} = {before.get(key)!r}, now it is {config.get(key)!r}: allowed is the "
+                        "same configuration (it resumes), another --output-dir, or --overwrite")
+            return
+        write_atomically(old, json.dumps(config, indent=2) + "\n")
+
+    def part(self, name: str) -> "RunFolder":
+        """A folder inside this one for a stage with a training loop of its own; it shares the wandb run."""
+        part = RunFolder(self.path / name)
+        part.path.mkdir(exist_ok=True)
+        part.wandb = self.wandb
+        return part
+
+    def log(self, file: str, record: dict[str, Any], prefix: str = "") -> None:
+        """Append a record to `metrics.jsonl` or `samples.jsonl`, and metrics to wandb where it is on."""
+        with open(self.path / file, "a", encoding="utf-8") as f:
+            f.write(json.dumps(record, ensure_ascii=False) + "\n")
+        if self.wandb is not None and file == METRICS:
+            self.wandb.log({prefix + k: v for k, v in record.items()})
+
+    def rewind(self, step: int) -> None:
+        """Forget log lines after `step`, and a last line that was cut off: the resumed run writes them again."""
+        for file in (METRICS, SAMPLES):
+            path = self.path / file
+            if path.exists():
+                kept = [r for r in read_jsonl(path) if r.get("step", 0) <= step]
+                write_atomically(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in kept))
+
+    def checkpoints(self) -> list[Path]:
+        """The checkpoint folders, newest first."""
+        found = [(int(m[1]), p) for p in self.path.glob("checkpoint-*") if (m := re.fullmatch(r"checkpoint-(\d+)", p.name))]
+        return [p for _, p in sorted(found, reverse=True)]
+
+    def save(self, step: int, model: nn.Module, tokenizer: Tokenizer | None, state: dict[str, Any]) -> Path:
+        """Write `checkpoint-<step>` whole, point `latest` to it, then drop old ones."""
+        folder = self.path / f"checkpoint-{step}"
+        save_pretrained(model, folder, tokenizer, state)
+        write_atomically(self.path / LATEST, folder.name + "\n")
+        for stale in self.checkpoints()[KEPT_CHECKPOINTS:]:
+            shutil.rmtree(stale)
+        return folder
+
+    def restore(self) -> tuple[TransformerWrapper, dict[str, Any]] | None:
+        """Model and state of the newest usable checkpoint; a damaged one is passed over with a warning."""
+        for folder in self.checkpoints():
+            try:
+                return load_pretrained(folder)[0], load_state(folder)
+            except CheckpointError as error:
+                print(f"warning: {error}; going back to the checkpoint before", file=sys.stderr)
+        return None
+
+    def start_wandb(self, name: str, config: dict[str, Any]) -> None:
+        """Log to wandb too; with WANDB_MODE=offline nothing leaves the machine. A resumed run continues its own."""
+        import wandb
+
+        identity = self.path / "wandb-id"
+        run_id = identity.read_text().strip() if identity.exists() else wandb.util.generate_id()
+        write_atomically(identity, run_id + "\n")
+        try:
+            self.wandb = wandb.init(project="xalign", name=name, id=run_id, resume="allow", dir=self.path, config=config,
+                                    settings=wandb.Settings(silent=True))
+        except (wandb.errors.Error, OSError) as error:
+            raise CheckpointError(f"wandb can't start ({str(error).splitlines()[0]}); allowed is a login, WANDB_MODE=offline, "
+                                  "or --report-to none") from error
+
+    def finish(self) -> None:
+        if self.wandb is not None:
+            self.wandb.finish()
+            self.wandb = None
+
+
+def read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: no usable JSON ({error})") from error
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The records of a log that we write; a last line that a kill cut off is left out."""
+    return list(_whole_lines(path))
+
+
+def _whole_lines(path: Path) -> Iterator[dict[str, Any]]:
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            yield json.loads(line)
+        except ValueError:
+            return

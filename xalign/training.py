@@ -1,0 +1,153 @@
+"""The one training loop: accumulation with global means, clipping, logging, evaluation, checkpoints, exact resume."""
+
+import contextlib
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from xalign.errors import Diverged, Interrupted
+from xalign.objectives import Objective
+from xalign.optim import adamw, schedule
+from xalign.runs import METRICS, RunFolder
+from xalign.tokenizers import Tokenizer
+
+
+@dataclass(frozen=True)
+class LoopOptions:
+    """What the loop needs to know; 0 steps between means never (checkpoints: only the last)."""
+
+    learning_rate: float
+    lr_scheduler_type: str = "cosine"
+    warmup_steps: int = 0
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    bf16: bool = False
+    logging_steps: int = 10
+    eval_steps: int = 0
+    save_steps: int = 0
+    seed: int = 0
+
+
+@contextlib.contextmanager
+def postponed_signals() -> Iterator[list[int]]:
+    """Collect SIGINT and SIGTERM in a list instead of dying in the middle of a step; a second one is not waited for."""
+    caught: list[int] = []
+    before: dict[int, Any] = {}
+
+    def note(number: int, frame: Any) -> None:
+        caught.append(number)
+        for n, handler in before.items():
+            signal.signal(n, handler)
+
+    for n in (signal.SIGINT, signal.SIGTERM):
+        with contextlib.suppress(ValueError):  # only the main thread may set handlers
+            before[n] = signal.signal(n, note)
+    try:
+        yield caught
+    finally:
+        for n, handler in before.items():
+            signal.signal(n, handler)
+
+
+def autocast(device: torch.device, bf16: bool) -> torch.autocast:
+    """bfloat16 matrix products; sums, softmax and the residual stream stay fp32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+
+
+class Window:
+    """Weighted means since the last log line; part of the saved state, so that a resumed run logs the same values."""
+
+    def __init__(self, state: dict[str, tuple[float, float]] | None = None):
+        self.sums = dict(state or {})
+
+    def add(self, values: dict[str, float], weight: float) -> None:
+        for key, value in values.items():
+            total, count = self.sums.get(key, (0.0, 0.0))
+            self.sums[key] = (total + weight * value, count + weight)
+
+    def means(self) -> dict[str, float]:
+        means, self.sums = {k: total / count for k, (total, count) in self.sums.items()}, {}
+        return means
+
+
+def train(model: nn.Module, objective: Objective, batches: Callable[[int], Sequence[Any]], total_steps: int,
+          steps_per_epoch: int, options: LoopOptions, run: RunFolder, tokenizer: Tokenizer | None = None, *,
+          title: str = "train", evaluate: Callable[[int], dict[str, float]] | None = None) -> None:
+    """Train `model`'s parameters for `total_steps` optimizer steps, or for what is left of them after a checkpoint.
+
+    `batches(step)` gives the micro-batches of a step and depends on nothing but `step`. Their losses are averaged
+    over the step's tokens or pairs together, however they are split. `evaluate(step)` gives metrics for the log.
+    Raises `Diverged` at a loss or gradient that is not finite, `Interrupted` after a signal, once all is saved.
+    """
+    device = next(model.parameters()).device
+    torch.manual_seed(options.seed)
+    restored, first, window = run.restore(), 0, Window()
+    if restored is not None:
+        model.load_state_dict(restored[0].state_dict())
+    optimizer = adamw(model, options.learning_rate, options.weight_decay)
+    if restored is not None:
+        state = restored[1]
+        optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["rng"])
+        first, window = state["step"], Window(state["window"])
+        print(f"{title}: resumed after step {first} of {total_steps}", file=sys.stderr)
+    run.rewind(first)
+
+    def save(step: int) -> str:
+        state = {"step": step, "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state(), "window": window.sums}
+        return str(run.save(step, model, tokenizer, state))
+
+    def log(step: int, values: dict[str, float]) -> None:
+        run.log(METRICS, {"step": step, "epoch": round(step / steps_per_epoch, 4), **values}, f"{title}/")
+
+    if first == 0 and evaluate is not None and options.eval_steps:
+        log(0, evaluate(0))
+    saved, started = "", time.perf_counter()
+    bar = tqdm(total=total_steps, initial=first, desc=title, unit="step", mininterval=1 if sys.stderr.isatty() else 15)
+    with postponed_signals() as signals, contextlib.closing(bar):
+        for step in range(first, total_steps):
+            factor = schedule(step, total=total_steps, warmup=options.warmup_steps, kind=options.lr_scheduler_type)
+            for group in optimizer.param_groups:
+                group["lr"] = options.learning_rate * factor
+            micro = [batch.to(device) for batch in batches(step)]
+            weights = [objective.weight(batch) for batch in micro]
+            model.train()
+            values: dict[str, float] = {}
+            for batch, weight in zip(micro, weights, strict=True):
+                share = weight / max(1, sum(weights))
+                with autocast(device, options.bf16):
+                    loss, metrics = objective(batch)
+                (loss * share).backward()
+                for key, value in {"loss": loss.detach(), **metrics}.items():
+                    values[key] = values.get(key, 0.0) + share * float(value)
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), options.max_grad_norm or float("inf"))
+            values["grad_norm"] = float(norm)
+            if not all(abs(values[key]) < float("inf") for key in ("loss", "grad_norm")):
+                good = saved or next((str(p) for p in run.checkpoints()), "none yet")
+                raise Diverged(f"step {step + 1}: loss is {values['loss']}, gradient norm {values['grad_norm']}; nothing was "
+                               f"updated, the last good checkpoint is {good}; try a lower --learning-rate")
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            window.add(values, sum(weights))
+            done = step + 1
+            last = done == total_steps
+            if (options.logging_steps and done % options.logging_steps == 0) or last:
+                means = window.means()
+                log(done, {**means, "learning_rate": options.learning_rate * factor,
+                           "seconds": round(time.perf_counter() - started, 2)})
+                bar.set_postfix_str(f"loss {means['loss']:.3f}")
+            if evaluate is not None and options.eval_steps and (done % options.eval_steps == 0 or last):
+                log(done, evaluate(done))
+            if (options.save_steps and done % options.save_steps == 0) or last or signals:
+                saved = save(done)
+            bar.update()
+            if signals and not last:
+                raise Interrupted(f"{title}: stopped after step {done} of {total_steps}, all is saved in {saved}; "
+                                  "the same command goes on from there")
