@@ -12,8 +12,9 @@ from hypothesis import HealthCheck, settings
 from torch import Tensor
 
 from xalign import AutoregressiveWrapper, Decoder, TransformerWrapper
+from xalign.hf import from_hf
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # the models are so small that a second thread only waits: 90 s become 10
 settings.register_profile("xalign", deadline=None, max_examples=60, derandomize=True, database=None,
                           suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("xalign")
@@ -50,6 +51,24 @@ def tiny_ar(seed: int = 0, pad_value: int = 0, **options) -> AutoregressiveWrapp
 def ids(b: int, n: int, v: int = 17, seed: int = 0) -> Tensor:
     """Random token ids (b, n)."""
     return torch.randint(v, (b, n), generator=torch.Generator().manual_seed(seed))
+
+
+def llama(tied=False, kv_heads=4, vocab=17, depth=2, seed=0, window=64):
+    """A random transformers Llama and ours with its weights."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    config = LlamaConfig(vocab_size=vocab, hidden_size=32, intermediate_size=48, num_hidden_layers=depth, num_attention_heads=4,
+                         num_key_value_heads=kv_heads, head_dim=8, max_position_embeddings=window, tie_word_embeddings=tied,
+                         initializer_range=0.3, rms_norm_eps=1e-5, bos_token_id=None, eos_token_id=None, pad_token_id=None)
+    theirs = LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if "norm" in name:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    ours, names = from_hf(theirs.config.to_dict(), "a test")
+    ours.load_state_dict({k: theirs.state_dict()[name] for k, name in names.items()})
+    return theirs, ours.eval()
 
 
 @pytest.fixture(autouse=True)

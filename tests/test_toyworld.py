@@ -4,28 +4,29 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from random import Random
 
 import pytest
 
-from xalign.data import toyworld, toywords
+from xalign.data import toywords, toyworld
 from xalign.data.toyworld import gold_reward, is_consistent, is_well_formed, reward_parts, sample_prompt, sample_story
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 PROMPT = "Once a shy fox called Mia lived by the lake. One morning she and Tom the owl found a kite."
-SISTERS = "By the lake lived a shy fox called Mia. One morning Ruby the owl brought her a kite."
+OTHER = "In the cave lived a proud goat called Sam. One sunny day Ruby the owl brought him a drum."
 
 GOOD = [  # (prompt, story), well-formed and consistent
     (PROMPT, " Soon, Tom hurt his leg. He was helped by Mia. Mia gave the kite to him. In the end, she felt happy."),
     (PROMPT, " The kite blew away, and the owl sighed. At once the fox teased Tom. Then they shared the kite."
              " From then on, the fox and Tom were friends no more."),
-    (PROMPT, ' Mia was resting near the lake when a storm came up. It was Tom who saved her near the lake.'
-             ' "Thank you, Tom!" said the fox. Tom was handed the kite by Mia. Mia went home to the lake with a big smile.'),
+    (PROMPT, ' Mia was resting near the lake when a storm came up. It was Tom who saved her near the lake. "Thank you,'
+             ' Tom!" said the fox. Tom was handed the kite by Mia. Mia went home to the lake with a big smile.'),
     (PROMPT, " At noon, a hungry wolf woke the fox. As soon as Tom saw Mia, he freed her. The birds sang near the lake."
              " Tom kept the kite from her. That night, they came back to the lake in silence."),
-    (SISTERS, " Soon, Ruby lost her way. Mia ran to Ruby and hugged her. She told the owl that she was kind."
-              " Ruby threw the kite at Mia. Ever after, Ruby and the fox were like strangers."),
+    (OTHER, " Soon, Ruby lost her way. Sam ran to Ruby and hugged her. She told the goat that he was kind."
+            " Ruby threw the drum at Sam. Ever after, Ruby and the goat were like strangers."),
 ]  # fmt: skip
 
 ILL_FORMED = [
@@ -78,8 +79,10 @@ INCONSISTENT = [
     " When Mia saw Tom, she helped her.",
     " Mia helped her.",
     " Mia ran to Tom and hugged her.",
-    " Soon, Tom lost his way. She helped Tom.",  # she: nobody was the subject but Tom
-    " She helped Tom.",  # no antecedent
+    " Soon, Tom lost his way. He helped Tom.",
+    " She helped the fox.",
+    " He helped him.",
+    " Tom told the owl that he was wise.",
     " Mia told Tom that she was kind.",  # the grammar praises the listener
     " Mia and Bob and Tom.",  # not of the grammar: foreign words are still seen
     " Mia likes her mole.",
@@ -113,11 +116,12 @@ def test_the_two_checks_are_independent() -> None:
 
 def test_any_prompt_and_any_type_is_answered() -> None:
     story = GOOD[0][1]
-    for prompt in ["", "Hello.", PROMPT + " ", PROMPT[:-1], PROMPT.replace("she", "he"), PROMPT.replace("Tom", "Mia"), None]:
+    same, wrong = PROMPT.replace("Tom", "Ruby"), PROMPT.replace("she", "he")
+    for prompt in ["", "Hello.", PROMPT + " ", PROMPT[:-1], wrong, same, None, [PROMPT]]:
         assert toyworld.read_prompt(prompt) is None  # type: ignore[arg-type]
         assert not is_consistent(prompt, story)  # type: ignore[arg-type]
         assert gold_reward(prompt, story) == -8  # type: ignore[arg-type]
-    for text in (None, 3, b"x"):
+    for text in (None, 3, b"x", ["x"]):
         assert not is_well_formed(PROMPT, text) and not is_consistent(PROMPT, text)  # type: ignore[arg-type]
         assert gold_reward(PROMPT, text) == -4  # type: ignore[arg-type]
 
@@ -177,9 +181,9 @@ def test_corruptions_are_caught(sampled: list[tuple[str, str]]) -> None:
         assert not is_well_formed(prompt, " ".join(words[:-1]))
         i = 1 + int(rng.random() * (len(words) - 1))
         assert not is_well_formed(prompt, " ".join([*words[:i], "zebra", *words[i:]]))
-        if " his " in story or " her " in story:  # possessive or object, both must agree when only one fits
-            wrong = _swap(story, " his ", " her ")
-            assert cast.hero.female != cast.friend.female or not is_consistent(prompt, wrong)
+        if " his " in story or " her " in story:
+            wrong = _swap(story, " his ", " her ")  # "kicked his" is no sentence, "hurt her leg" no agreement
+            assert not (is_consistent(prompt, wrong) and is_well_formed(prompt, wrong)), story
 
 
 def test_wrong_pronouns_are_caught_in_every_shape() -> None:
@@ -197,7 +201,7 @@ def test_wrong_pronouns_are_caught_in_every_shape() -> None:
 def test_a_sentence_has_one_reading(sampled: list[tuple[str, str]]) -> None:
     for _, story in sampled[:300]:
         for text in toyworld.split_sentences(story):
-            matches = [p for _, _, p, groups in toyworld._patterns() if toyworld._match(text, p, groups) is not None]
+            matches = [p for _, _, p in toyworld._patterns() if toyworld._match(text, *p) is not None]
             assert len(matches) == 1, text
 
 
@@ -205,8 +209,9 @@ def test_nouns_and_names_are_in_one_table_only() -> None:
     tables = [toywords.FEMALE_NAMES, toywords.MALE_NAMES, toywords.ANIMALS, toywords.THINGS, list(toywords.PLACES)]
     nouns = [noun for table in tables for noun in table]
     assert len(set(nouns)) == len(nouns)
-    used = [*toywords.WORDS.values(), *toywords.PROMPT_WORDS.values(), *toywords.SHAPES.values(), *toywords.PROMPT_SHAPES]
-    other = {word for options in used for option in options for word in toyworld.re.findall(r"(?<![:{])\b[A-Za-z]+", option)}
+    words, shapes = [*toywords.WORDS.values(), *toywords.PROMPT_WORDS.values()], toywords.SHAPES.values()
+    texts = [text for options in [*words, *shapes, *toywords.PROMPT_SHAPES] for text in options]
+    other = {word for text in texts for word in re.findall(r"(?<![:{])\b[A-Za-z]+", text)}
     assert not set(nouns) & (other - {"thing", "place"})
     everything = {w for text in [*nouns, *toywords.PLACES.values(), *other] for w in text.split()}
     assert len(everything) >= 300  # several hundred words
@@ -218,7 +223,8 @@ def _size(shape: str, words: dict[str, list[str]]) -> int:
 
 
 def test_millions_of_stories() -> None:
-    kinds = {kind: sum(_size(s, toywords.WORDS) for s, _ in toyworld._signed(shapes)) for kind, shapes in toywords.SHAPES.items()}
+    signed = {kind: toyworld._signed(shapes) for kind, shapes in toywords.SHAPES.items()}
+    kinds = {kind: sum(_size(shape, toywords.WORDS) for shape, _ in shapes) for kind, shapes in signed.items()}
     assert math.prod(kinds[kind] for kind in toyworld.CORE_KINDS) > 50_000_000  # of one prompt, before who is who
     assert all(len(shapes) >= 3 for kind, shapes in toywords.SHAPES.items() if kind != "scene")
 
@@ -248,8 +254,7 @@ def test_deed_depends_on_who_did_it_to_whom() -> None:
     assert _deed(" Soon, Tom lost his way. He was freed by Mia.") == 2  # through a pronoun
     assert _deed(" Soon, Tom lost his way. He freed her.") == 1
     assert _deed(" Soon, Mia lost her way. When she saw the owl, she teased him.") == -2
-    assert _deed(" Soon, Ruby lost her way. She hugged Mia.", SISTERS) == 1  # of two females the one who was meant
-    assert _deed(" Soon, Mia lost her way. She hugged Ruby.", SISTERS) == 2
+    assert _deed(" He hugged Ruby.", OTHER) == 2 and _deed(" Ruby hugged him.", OTHER) == 1
     assert _deed(" Mia helped Ben.") == _deed(" Mia helped Mia.") == _deed(" Mia hlped Tom.") == 0
 
 
@@ -277,11 +282,13 @@ def test_other_parts_and_the_sum() -> None:
 
 
 def test_reward_cannot_be_bought() -> None:
-    best = " Soon, Tom hurt his leg. Mia helped Tom. Mia gave the kite to Tom. Mia went home to the lake with a big smile."
+    best = (
+        " Soon, Tom hurt his leg. Mia helped Tom. Mia gave the kite to Tom. Mia went home to the lake with a big smile."
+    )
     top = gold_reward(PROMPT, best)
     assert top == 4.5
-    for longer in (best + " Mia helped Tom.", best * 2, best + " Then they shared the kite.", best + best[:60], best * 50):
-        assert gold_reward(PROMPT, longer) < top
+    for extra in (" Mia helped Tom.", " Then they shared the kite.", best[:60], best, best * 49):
+        assert gold_reward(PROMPT, best + extra) < top
     assert gold_reward(PROMPT, best * 50) == -8
     assert gold_reward(PROMPT, "") == -4
     assert gold_reward(PROMPT, " Mia helped Tom." * 4) < 0
@@ -323,7 +330,9 @@ def test_pairs_are_held_out_different_and_noisy() -> None:
     train, test = _read("train.jsonl"), _read("test.jsonl")
     corpus = (DATA / "corpus.txt").read_text(encoding="utf-8").splitlines()
     assert (len(train), len(test)) == (4000, 500)
-    seen = {pair["prompt"] for pair in train} | {". ".join(line.split(". ")[:2]) + "." for line in corpus}
+    documents = [toyworld.split_document(line) for line in corpus]
+    assert all("".join(document) == line for document, line in zip(documents, corpus, strict=True))
+    seen = {pair["prompt"] for pair in train} | {prompt for prompt, _ in documents}
     assert len(seen) == len(train) + len(corpus)
     assert not seen & {pair["prompt"] for pair in test} and len({pair["prompt"] for pair in test}) == 500
     assert all(pair["chosen"] != pair["rejected"] for pair in train + test)
@@ -331,5 +340,7 @@ def test_pairs_are_held_out_different_and_noisy() -> None:
     right = sum(gold_reward(p["prompt"], p["chosen"]) > gold_reward(p["prompt"], p["rejected"]) for p in train)
     wrong = sum(gold_reward(p["prompt"], p["chosen"]) < gold_reward(p["prompt"], p["rejected"]) for p in train)
     assert 0.78 < right / (right + wrong) < 0.9
+    with pytest.raises(ValueError, match="Hello"):
+        toyworld.split_document("Hello.")
     with pytest.raises(ValueError, match="no pairs"):
         toyworld.preference_limit([])

@@ -112,17 +112,19 @@ def load_weights(model: nn.Module, path: Path, names: dict[str, str]) -> None:
     try:
         with safe_open(path, framework="pt") as file:
             present = set(file.keys())
-            for problem, keys in (("lacks", set(names.values()) - present), ("has the unknown", present - set(names.values()))):
+            wanted = set(names.values())
+            for problem, keys in (("lacks", wanted - present), ("has the unknown", present - wanted)):
                 if keys:
-                    raise CheckpointError(f"{path}: {problem} tensor {min(keys)}{f' and {len(keys) - 1} more' * (len(keys) > 1)}")
+                    more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
+                    raise CheckpointError(f"{path}: {problem} tensor {min(keys)}{more}")
             tensors = {name: file.get_tensor(key) for name, key in names.items()}
     except (SafetensorError, FileNotFoundError) as error:
         raise CheckpointError(f"{path}: can't be read as safetensors ({error})") from error
     for name, parameter in model.state_dict().items():
         tensor = tensors[name]
         if tensor.shape != parameter.shape:
-            raise CheckpointError(f"{path}: {names[name]} has shape {tuple(tensor.shape)}, allowed is {tuple(parameter.shape)}, "
-                                  f"the shape that {CONFIG} gives")
+            raise CheckpointError(f"{path}: {names[name]} has shape {tuple(tensor.shape)}, allowed is the shape that "
+                                  f"{CONFIG} gives, {tuple(parameter.shape)}")
         if not bool(tensor.isfinite().all()):
             raise CheckpointError(f"{path}: {names[name]} holds values that are not finite (NaN or infinity)")
     model.load_state_dict(tensors, assign=True)

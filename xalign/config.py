@@ -195,7 +195,8 @@ class SFTConfig:
 
     model: ModelOptions = field(default_factory=ModelOptions)
     data: SFTDataOptions = field(default_factory=SFTDataOptions)
-    training: TrainingOptions = field(default_factory=lambda: TrainingOptions(learning_rate=4e-3, batch_size=24, warmup_steps=50))
+    training: TrainingOptions = field(
+        default_factory=lambda: TrainingOptions(learning_rate=4e-3, batch_size=24, warmup_steps=50))
     run: RunOptions = field(default_factory=RunOptions)
 
 

@@ -67,7 +67,7 @@ class DPO(nn.Module):
         self.policy_model = unwrap(model)
         self._reference = (self._freeze(ref_model),)  # in a tuple, so that it is no submodule
         zero = torch.zeros(1)
-        self._loss(zero, zero, zero, zero, torch.ones(1), torch.ones(1))  # bad hyperparameters are told now
+        self.pair_losses(zero, zero, zero, zero, torch.ones(1), torch.ones(1))  # bad hyperparameters are told now
 
     def _freeze(self, ref_model: nn.Module | None) -> nn.Module | None:
         if ref_model is None and "ref_chosen" not in self._takes:
@@ -125,8 +125,9 @@ class DPO(nn.Module):
         sums = logps.masked_fill(~scored, 0.0).sum(1)
         return (*sums.chunk(2), *lengths.chunk(2))  # type: ignore[return-value]
 
-    def _loss(self, policy_chosen: Tensor, policy_rejected: Tensor, ref_chosen: Tensor | None, ref_rejected: Tensor | None,
-              chosen_lengths: Tensor, rejected_lengths: Tensor) -> Tensor:
+    def pair_losses(self, policy_chosen: Tensor, policy_rejected: Tensor, ref_chosen: Tensor | None,
+                    ref_rejected: Tensor | None, chosen_lengths: Tensor, rejected_lengths: Tensor) -> Tensor:
+        """The loss of each pair, (b,), from summed log-probabilities, nats, and response lengths, (b,) each."""
         vectors = {"policy_chosen": policy_chosen, "policy_rejected": policy_rejected,
                    "ref_chosen": ref_chosen, "ref_rejected": ref_rejected}
         lengths = {"chosen_lengths": chosen_lengths, "rejected_lengths": rejected_lengths}
@@ -154,7 +155,7 @@ class DPO(nn.Module):
         elif self.ref_model is not None:
             with torch.no_grad():
                 ref_chosen, ref_rejected, _, _ = self.logps(self.ref_model, preferred_seq, unpreferred_seq, **batch)
-        loss = self._loss(chosen, rejected, ref_chosen, ref_rejected, n_chosen, n_rejected).mean()
+        loss = self.pair_losses(chosen, rejected, ref_chosen, ref_rejected, n_chosen, n_rejected).mean()
         if not return_metrics:
             return loss
         with torch.no_grad():

@@ -57,7 +57,7 @@ def to_hf(model: TransformerWrapper, tokenizer: Any = None) -> tuple[dict[str, A
         "architectures": ["LlamaForCausalLM"], "model_type": "llama",
         "hidden_size": c["dim"], "num_hidden_layers": c["depth"], "num_attention_heads": c["heads"],
         "num_key_value_heads": model.attn_layers.kv_heads, "head_dim": c["attn_dim_head"],
-        "intermediate_size": model.attn_layers.layers[0].ff.up.out_features, "hidden_act": "silu",
+        "intermediate_size": model.attn_layers.inner_dim, "hidden_act": "silu",
         "rms_norm_eps": c["norm_eps"], "attention_bias": c["attn_qkv_bias"], "mlp_bias": not c["ff_no_bias"],
         "attention_dropout": c["attn_dropout"], "tie_word_embeddings": model.to_logits is None, "use_cache": True,
         "rope_theta": c["rotary_base"], "rope_scaling": None,

@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import re
+import secrets
 import shutil
 import sys
 from collections.abc import Iterator
@@ -113,7 +114,7 @@ class RunFolder:
         import wandb
 
         identity = self.path / "wandb-id"
-        run_id = identity.read_text().strip() if identity.exists() else wandb.util.generate_id()
+        run_id = identity.read_text().strip() if identity.exists() else secrets.token_hex(4)
         write_atomically(identity, run_id + "\n")
         try:
             self.wandb = wandb.init(project="xalign", name=name, id=run_id, resume="allow", dir=self.path, config=config,

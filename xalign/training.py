@@ -46,7 +46,7 @@ def postponed_signals() -> Iterator[list[int]]:
         for n, handler in before.items():
             signal.signal(n, handler)
 
-    for n in (signal.SIGINT, signal.SIGTERM):
+    for n in (int(signal.SIGINT), int(signal.SIGTERM)):
         with contextlib.suppress(ValueError):  # only the main thread may set handlers
             before[n] = signal.signal(n, note)
     try:

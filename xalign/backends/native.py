@@ -16,6 +16,8 @@ from xalign.nn.transformer import TransformerWrapper
 from xalign.stopping import StopStrings, Utf8Stream
 from xalign.tokenizers import Tokenizer
 
+DRAWING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+
 
 class NativeBackend:
     """`generate` and `stream` for one model and its tokenizer; `batch_size` bounds the rows that run together."""
@@ -35,29 +37,26 @@ class NativeBackend:
                 rows = order[at : at + size]
                 stops = sorted({s for i in rows for s in rendered[i].stops})
                 tokens, logps = self._tokens([rendered[i].ids for i in rows], rows, stops, params)
-                for i, row_tokens, row_logps in zip(rows, tokens.tolist(), logps.tolist(), strict=True):
-                    results[i] = [self._completion(t, p, stops, params) for t, p in zip(row_tokens, row_logps, strict=True)]
+                sums = [[None] * params.n for _ in rows] if logps is None else logps.sum(-1).tolist()
+                for i, texts, row_sums in zip(rows, tokens.tolist(), sums, strict=True):
+                    results[i] = [self._completion(t, s, stops, params) for t, s in zip(texts, row_sums, strict=True)]
                 bar.update(len(rows))
         return results
 
-    def _tokens(self, ids: list[list[int]], rows: list[int], stops: list[int], params: SamplingParams) -> tuple[Tensor, Tensor]:
-        """Token ids and their log-probabilities, (b, n, m) each."""
+    def _tokens(self, ids: list[list[int]], rows: list[int], stops: list[int],
+                params: SamplingParams) -> tuple[Tensor, Tensor | None]:
+        """Token ids and their log-probabilities (None of beams), (b, n, m) each."""
         prompts = [torch.tensor(row) for row in ids]
         if params.beams > 1:
-            tokens, scores = self.wrapper.beam_search(prompts, params.max_new_tokens, params.beams, stops,
-                                                      params.length_penalty, return_beams_and_scores=True)
-            lengths = (tokens[0] != self.wrapper.pad_value).sum(-1).clamp(min=1)
-            logps = torch.zeros_like(tokens[0], dtype=torch.float32)
-            if logps.shape[1]:
-                logps[:, 0] = scores[0] * lengths**params.length_penalty
-            return tokens[0][:, None], logps[:, None]
-        options: dict[str, Any] = {k: getattr(params, k) for k in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")}
+            best = self.wrapper.beam_search(prompts, params.max_new_tokens, params.beams, stops, params.length_penalty)
+            return best[:, None], None
+        options: dict[str, Any] = {name: getattr(params, name) for name in DRAWING}
         seeds = None if params.seed is None else sampling.row_keys(params.seed, max(rows) + 1)[rows]
         options |= {"seed": seeds, "num_samples": params.n, "eos_token": stops}
         tokens, logps = self.wrapper.generate(prompts, params.max_new_tokens, return_logprobs=True, **options)
         return (tokens, logps) if params.n > 1 else (tokens[:, None], logps[:, None])
 
-    def _completion(self, tokens: list[int], logps: list[float], stops: list[int], params: SamplingParams) -> Completion:
+    def _completion(self, tokens: list[int], logps: float | None, stops: list[int], params: SamplingParams) -> Completion:
         end = next((i for i, t in enumerate(tokens) if t in stops), None)
         body = tokens if end is None else tokens[:end]
         used = len(tokens) if end is None else end + 1
@@ -65,13 +64,13 @@ class NativeBackend:
         text = self.tokenizer.decode(body)
         text = cutter.push(text) + cutter.flush()
         stopped = end is not None or cutter.stopped is not None
-        return Completion(text, tuple(tokens[:used]), "stop" if stopped else "length", sum(logps[:used]))
+        return Completion(text, tuple(tokens[:used]), "stop" if stopped else "length", logps)
 
     def stream(self, prompt: Text, params: SamplingParams) -> Iterator[str]:
         """The text of one completion in pieces as they come; stop strings and unfinished characters never show."""
         rendered = render_prompt(self.tokenizer, prompt)
         characters, cutter = Utf8Stream(), StopStrings(params.stop)
-        options: dict[str, Any] = {k: getattr(params, k) for k in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")}
+        options: dict[str, Any] = {name: getattr(params, name) for name in DRAWING}
         seeds = None if params.seed is None else sampling.row_keys(params.seed, 1)
         steps = self.wrapper.stream([torch.tensor(rendered.ids)], params.max_new_tokens, rendered.stops, seed=seeds, **options)
         for step in steps:

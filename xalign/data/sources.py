@@ -126,6 +126,19 @@ def pair_to_example(pair: PreferencePair, every_turn: bool = False) -> Example:
     return Example(pair.prompt, pair.chosen, pair.where)
 
 
+def read_prompts(path: Path) -> list[Text]:
+    """The prompts of a file: a line of a .txt, or the column `prompt` (text or messages) or `messages` of a record."""
+    prompts: list[Text] = []
+    for where, record in _records(path, ReadReport()):
+        name = next((name for name in ("prompt", "messages", "text") if name in record), None)
+        if name is None:
+            raise DataError(f"{where}: {_keys(record)}; allowed: a record with prompt, messages or text")
+        prompts.append(_text(record, name, where))
+        if isinstance(prompts[-1], str) and not prompts[-1].strip():
+            raise DataError(f"{where}: {name!r} is empty")
+    return prompts
+
+
 def _pair(record: dict[str, Any], where: str, report: ReadReport, shapes: str) -> PreferencePair | None:
     """One preference record, or None where it has a flaw that is counted."""
     missing = [name for name in ("chosen", "rejected") if name not in record]
@@ -172,7 +185,8 @@ def _text(record: dict[str, Any], name: str, where: str) -> Text:
 
 def _messages(value: Any, name: str, where: str) -> tuple[Message, ...]:
     if not isinstance(value, list):
-        raise DataError(f"{where}: {name!r} must be text or a list of messages, not {type(value).__name__}")
+        allowed = "a list of messages" if name == "messages" else "text or a list of messages"
+        raise DataError(f"{where}: {name!r} must be {allowed}, not {type(value).__name__}")
     messages = []
     for entry in value:
         if not isinstance(entry, dict) or "role" not in entry or "content" not in entry:
@@ -241,7 +255,7 @@ def _values(name: str, kind: str) -> Iterator[tuple[int, Any]]:
 
 def _parse(text: str, name: str, number: int) -> Any:
     try:
-        return json.loads(text)
+        return json.loads(text.rstrip("\r\n"))  # the end of a line is no line of its own
     except json.JSONDecodeError as error:
         where = f"{name}:{number + error.lineno - 1}"
         raise DataError(f"{where}: not valid JSON: {error.msg} at column {error.colno}") from error

@@ -6,7 +6,7 @@ A sentence shape is a string with slots in braces:
 - `{deed±}` the same, drawn from the kind half (`deed+`) or the unkind half (`deed-`) of the class;
 - `{thing}`, `{place}` the noun that the prompt introduced;
 - `{A:form}`, `{B:form}` a mention of the one who acts (A) and of the other one (B), in one of these forms:
-  `s` subject (name, "the fox", or he/she for the one who was the last sentence's subject),
+  `s` subject (name, "the fox", or he/she; written only for the one who was the last sentence's subject),
   `o` object (name, "the fox", or him/her), `n` name or "the fox", `name` the name alone,
   `he`, `him`, `his`, `self` a pronoun that must agree.
 
@@ -35,7 +35,7 @@ PROMPT_WORDS = {
 PROMPT_SHAPES = [
     "once a {adjective} {A:animal} called {A:name} lived {lived}.",
     "{lived} lived a {adjective} {A:animal} called {A:name}.",
-    "there once was a {adjective} {A:animal} {lived} called {A:name}.",
+    "there once was a {adjective} {A:animal} called {A:name} {lived}.",
 ], [
     "one {day} {A:he} and {B:name} the {B:animal} found a {thing}.",
     "one {day} {A:he} showed {B:name} the {B:animal} a {thing}.",

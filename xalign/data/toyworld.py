@@ -2,12 +2,13 @@
 
 A **prompt** introduces a hero, a friend, a thing and a place; a **story** goes on from it, beginning with one space:
 
-    Once there was a shy fox called Mia who lived by the lake. One morning she and her friend Tom the owl found a kite.
-     Suddenly, the owl fell into a deep hole. At once Mia helped him. ... From then on, Mia and Tom were never apart.
+    By the lake lived a shy fox called Mia. One morning she and Tom the owl found a kite.
+     Soon, Tom got stuck in the mud. When Mia saw Tom, she helped him. ... From then on, Mia and the owl were never apart.
 
 The same shapes (`toywords`) are used to write and to read: each is compiled to a pattern, a sentence is parsed into who
-did what to whom, and pronouns are resolved, so `is_well_formed`, `is_consistent` and `gold_reward` take any text at all
-and never raise. Since the reward is known, an aligned model can be measured against the truth instead of a judge.
+did what to whom, and pronouns are resolved (of hero and friend one is female and one male, so none is ambiguous). So
+`is_well_formed`, `is_consistent` and `gold_reward` take any text at all and never raise. Since the reward is known, an
+aligned model can be measured against the truth instead of a judge.
 
 Only `Random.random` is drawn from, which Python keeps the same between versions: a seed gives the same bytes anywhere.
 """
@@ -24,17 +25,7 @@ from pathlib import Path
 from random import Random
 from typing import TypeVar
 
-from .toywords import (
-    ANIMALS,
-    FEMALE_NAMES,
-    MALE_NAMES,
-    PLACES,
-    PROMPT_SHAPES,
-    PROMPT_WORDS,
-    SHAPES,
-    THINGS,
-    WORDS,
-)
+from .toywords import ANIMALS, FEMALE_NAMES, MALE_NAMES, PLACES, PROMPT_SHAPES, PROMPT_WORDS, SHAPES, THINGS, WORDS
 
 CORE_KINDS = ("trouble", "deed", "gift", "ending")  # every story has one of each; "words" and "scene" are extras
 MAX_SENTENCES = 6
@@ -44,7 +35,11 @@ LABEL_SCALE = 1.0  # P(a preferred to b) = sigmoid(LABEL_SCALE * (gold(a) - gold
 _NAMES = FEMALE_NAMES + MALE_NAMES
 _PRONOUNS = {"he": ("he", "she"), "him": ("him", "her"), "his": ("his", "her"), "self": ("himself", "herself")}
 _FEMALE_WORDS, _MALE_WORDS = {"she", "her", "herself"}, {"he", "him", "his", "himself"}
+_INTRODUCED = {*_NAMES, *ANIMALS, *THINGS, *PLACES} | _FEMALE_WORDS | _MALE_WORDS  # words that a prompt must justify
 _SLOT = re.compile(r"\{([^{}]+)\}")
+_WORD = re.compile(r"[^\W\d_]+")
+_Mention = tuple[str, str, str]  # role, form, words; a noun has role and form "thing" or "place"
+_Pattern = tuple[re.Pattern[str], list[tuple[str, str]]]  # with the (role, form) of each group
 _T = TypeVar("_T")
 
 
@@ -76,11 +71,11 @@ class Cast:
 
 @dataclass(frozen=True)
 class Sentence:
-    """One sentence of the grammar, before anybody is known: its mentions are (role, form, words) in order."""
+    """One sentence of the grammar, before it is known who is who: its mentions are (role, form, words), in order."""
 
     kind: str
     sign: int  # +1 kind, -1 unkind, 0 neither
-    mentions: tuple[tuple[str, str, str], ...]
+    mentions: tuple[_Mention, ...]
 
 
 @dataclass(frozen=True)
@@ -99,45 +94,32 @@ class Reading:
 
 def _signed(shapes: Iterable[str]) -> list[tuple[str, int]]:
     """Every shape once with the kind and once with the unkind half of its `±` slot, if it has one."""
-    return [
-        (shape.replace("±", half), sign)
-        for shape in shapes
-        for half, sign in ((("+", 1), ("-", -1)) if "±" in shape else (("", 0),))
-    ]
+    halves = {True: (("+", 1), ("-", -1)), False: (("", 0),)}
+    return [(shape.replace("±", half), sign) for shape in shapes for half, sign in halves["±" in shape]]
 
 
-def _pattern(shape: str, words: Mapping[str, Sequence[str]]) -> tuple[re.Pattern[str], list[tuple[str, str]]]:
-    """A shape's regular expression, and the (role, form) of each of its groups. Nouns have the role "thing", "place"."""
+def _pattern(shape: str, words: Mapping[str, Sequence[str]]) -> _Pattern:
     groups: list[tuple[str, str]] = []
     beings = _NAMES + ["the " + animal for animal in ANIMALS]
-    mentions: dict[str, Sequence[str]] = {
-        "s": [*beings, "he", "she"], "o": [*beings, "him", "her"], "n": beings, "name": _NAMES, "animal": ANIMALS,
-        **_PRONOUNS,
-    }  # fmt: skip
+    forms = {"s": [*beings, "he", "she"], "o": [*beings, "him", "her"], "n": beings, "name": _NAMES, "animal": ANIMALS}
     nouns = {"thing": THINGS, "place": list(PLACES), "lived": list(PLACES.values())}
-
-    def group(role: str, form: str, options: Sequence[str]) -> str:
-        groups.append((role, form))
-        return "(" + "|".join(map(re.escape, options)) + ")"
-
-    def slots(text: str) -> str:
-        pieces = _SLOT.split(text)  # literal, slot, literal, slot, ..., literal
-        return "".join(slot(piece) if i % 2 else re.escape(piece) for i, piece in enumerate(pieces))
 
     def slot(name: str) -> str:
         role, _, form = name.partition(":")
-        if form:
-            return group(role, form, mentions[form])
-        if name in nouns:
-            return group(name, name, nouns[name])
-        return "(?:" + "|".join(slots(option) for option in words[name]) + ")"
+        if not form and name not in nouns:
+            return "(?:" + "|".join(fill(option) for option in words[name]) + ")"
+        groups.append((role, form or name))
+        options = nouns.get(name) or forms.get(form) or _PRONOUNS[form]
+        return "(" + "|".join(map(re.escape, options)) + ")"
 
-    return re.compile(slots(shape)), groups
+    def fill(text: str) -> str:
+        pieces = _SLOT.split(text)  # literal, slot, literal, slot, ..., literal
+        return "".join(slot(piece) if i % 2 else re.escape(piece) for i, piece in enumerate(pieces))
+
+    return re.compile(fill(shape)), groups
 
 
-def _match(
-    text: str, pattern: re.Pattern[str], groups: list[tuple[str, str]]
-) -> tuple[tuple[str, str, str], ...] | None:
+def _match(text: str, pattern: re.Pattern[str], groups: list[tuple[str, str]]) -> tuple[_Mention, ...] | None:
     if text[:1].islower():
         return None  # a sentence begins with a capital or a quotation mark
     for candidate in (text, text[:1].lower() + text[1:]):  # as it is for names, lowered for the rest
@@ -147,13 +129,19 @@ def _match(
 
 
 @cache
-def _patterns() -> list[tuple[str, int, re.Pattern[str], list[tuple[str, str]]]]:
-    return [(kind, sign, *_pattern(shape, WORDS)) for kind in SHAPES for shape, sign in _signed(SHAPES[kind])]
+def _patterns() -> list[tuple[str, int, _Pattern]]:
+    return [(kind, sign, _pattern(shape, WORDS)) for kind in SHAPES for shape, sign in _signed(SHAPES[kind])]
 
 
 @cache
-def _prompt_patterns() -> list[list[tuple[re.Pattern[str], list[tuple[str, str]]]]]:
+def _prompt_patterns() -> list[list[_Pattern]]:
     return [[_pattern(shape, PROMPT_WORDS) for shape in shapes] for shapes in PROMPT_SHAPES]
+
+
+@cache
+def _vocabulary() -> frozenset[str]:
+    texts = [text for options in (*WORDS.values(), *SHAPES.values()) for text in options]
+    return frozenset(word.lower() for text in texts for word in _WORD.findall(_SLOT.sub(" ", text)))
 
 
 # --- reading ------------------------------------------------------------------------------------------------------
@@ -168,23 +156,35 @@ def split_sentences(text: str) -> list[str]:
     return [piece + "." for piece in pieces[:-1]] + pieces[-1:]
 
 
-@lru_cache(maxsize=65536)
+def split_document(document: str) -> tuple[str, str]:
+    """A line of the corpus as (prompt, story); joined they are the line. Raises ValueError if it isn't such a line."""
+    sentences = split_sentences(document)
+    prompt = " ".join(sentences[: len(PROMPT_SHAPES)])
+    if read_prompt(prompt) is None or not document.startswith(prompt + " "):
+        raise ValueError(f"not a prompt and a story of the toy world: {document!r}")
+    return prompt, document[len(prompt) :]
+
+
+@lru_cache(maxsize=16384)
 def read_sentence(text: str) -> Sentence | None:
     """Parse one sentence, or None if the grammar can't write it."""
-    for kind, sign, pattern, groups in _patterns():
-        mentions = _match(text, pattern, groups)
-        if mentions is not None:
+    for kind, sign, pattern in _patterns():
+        if (mentions := _match(text, *pattern)) is not None:
             return Sentence(kind, sign, mentions)
     return None
 
 
-@lru_cache(maxsize=65536)
 def read_prompt(prompt: str) -> Cast | None:
     """Whom and what a prompt introduces, or None if the grammar can't write it."""
-    sentences = split_sentences(prompt) if isinstance(prompt, str) else []
+    return _read_prompt(prompt) if isinstance(prompt, str) else None  # asked before the cache wants a hash
+
+
+@lru_cache(maxsize=16384)
+def _read_prompt(prompt: str) -> Cast | None:
+    sentences = split_sentences(prompt)
     if len(sentences) != len(PROMPT_SHAPES) or prompt != prompt.strip():
         return None
-    found: list[tuple[str, str, str]] = []
+    found: list[_Mention] = []
     for sentence, patterns in zip(sentences, _prompt_patterns(), strict=True):
         mentions = next((m for pattern in patterns if (m := _match(sentence, *pattern)) is not None), None)
         if mentions is None:
@@ -194,50 +194,36 @@ def read_prompt(prompt: str) -> Cast | None:
     hero = Being(first["A", "name"], first["A", "animal"])
     friend = Being(first["B", "name"], first["B", "animal"])
     place = next(noun for noun, lived in PLACES.items() if lived == first["lived", "lived"])
-    agree = all(words == {"A": hero, "B": friend}[role].pronoun(form) for role, form, words in found if form in _PRONOUNS)
-    if not agree or hero.name == friend.name or hero.animal == friend.animal:
+    beings = {"A": hero, "B": friend}
+    agree = all(words == beings[role].pronoun(form) for role, form, words in found if form in _PRONOUNS)
+    if not agree or hero.female == friend.female or hero.animal == friend.animal:
         return None
     return Cast(hero, friend, first["thing", "thing"], place)
 
 
-def _fits(form: str, words: str, being: Being, subject: Being | None) -> bool:
-    if words in _NAMES:
-        return words == being.name
-    if words.startswith("the "):
-        return words == "the " + being.animal
-    if form == "s" and being != subject:  # he and she at the head of a sentence: the last sentence's subject
-        return False
-    return words in (_FEMALE_WORDS if being.female else _MALE_WORDS)
-
-
-def _resolve(sentence: Sentence, cast: Cast, subject: Being | None) -> Reading:
-    nouns = {"thing": cast.thing, "place": cast.place}
-    beings = [mention for mention in sentence.mentions if mention[0] not in nouns]
-    if any(nouns[role] != words for role, _, words in sentence.mentions if role in nouns):
-        return Reading(sentence, False)
-    if not beings:
-        return Reading(sentence, True)
-    for actor, other in ((cast.hero, cast.friend), (cast.friend, cast.hero)):
-        if all(_fits(form, words, actor if role == "A" else other, subject) for role, form, words in beings):
-            return Reading(sentence, True, actor, other)
-    return Reading(sentence, False)
+def _fits(words: str, being: Being) -> bool:
+    own = _FEMALE_WORDS if being.female else _MALE_WORDS
+    return words in own or words in (being.name, "the " + being.animal)
 
 
 def read_story(prompt: str, story: str) -> list[Reading]:
     """Parse a story sentence by sentence beside its prompt: who did what to whom, and whether it agrees. Any text."""
     cast = read_prompt(prompt)
     readings: list[Reading] = []
-    subject: Being | None = None
     for text in split_sentences(story) if isinstance(story, str) else []:
         sentence = read_sentence(text)
         if sentence is None or cast is None:
             readings.append(Reading(sentence, False))
-            subject = None
             continue
-        reading = _resolve(sentence, cast, subject)
-        readings.append(reading)
-        role = next((role for role, form, _ in sentence.mentions if form == "s"), None)
-        subject = {None: None, "A": reading.actor, "B": reading.other}[role]
+        nouns = {"thing": cast.thing, "place": cast.place}
+        beings = [(role, words) for role, _, words in sentence.mentions if role not in nouns]
+        agrees = all(nouns[role] == words for role, _, words in sentence.mentions if role in nouns)
+        casting = [{"A": cast.hero, "B": cast.friend}, {"A": cast.friend, "B": cast.hero}]
+        fitting = [roles for roles in casting if agrees and all(_fits(words, roles[role]) for role, words in beings)]
+        if len(fitting) == 1:  # it speaks of somebody, and only one way round fits
+            readings.append(Reading(sentence, True, fitting[0]["A"], fitting[0]["B"]))
+        else:
+            readings.append(Reading(sentence, len(fitting) == 2))
     return readings
 
 
@@ -251,34 +237,24 @@ def is_well_formed(prompt: str, story: str) -> bool:
 def is_consistent(prompt: str, story: str) -> bool:
     """Whether everything that a text mentions is what the prompt introduced.
 
-    Names, animals, things and places must be the prompt's, and a word that the grammar doesn't know is foreign too. In a
-    sentence of the grammar each pronoun must agree with its antecedent, and the two roles must be two beings; in any
-    other sentence a pronoun must fit one of the two. At least two such agreements are needed, so that a text about
-    nobody does not pass. Independent of `is_well_formed`; False for a prompt that the grammar can't write.
+    Names, animals, things and places must be the prompt's, and a word that the grammar doesn't know is foreign too. In
+    a sentence of the grammar each pronoun must agree with the one it stands for, and the two roles must be two beings.
+    At least two such agreements are needed, so that a text about nobody does not pass. Independent of
+    `is_well_formed`; False for a prompt that the grammar can't write.
     """
     cast = read_prompt(prompt)
     if cast is None or not isinstance(story, str):
         return False
     beings = (cast.hero, cast.friend)
     own = {being.name for being in beings} | {being.animal for being in beings} | {cast.thing, cast.place}
-    own = own.union(*(_FEMALE_WORDS if being.female else _MALE_WORDS for being in beings))
+    own |= _FEMALE_WORDS | _MALE_WORDS  # one of the two is female, the other male
     agreements = 0
-    for word in re.findall(r"[^\W\d_]+", story):
+    for word in _WORD.findall(story):
         word = word if word in _NAMES else word.lower()
         if word not in (own if word in _INTRODUCED else _vocabulary()):
             return False
         agreements += word in own
     return agreements >= 2 and all(reading.agrees for reading in read_story(prompt, story) if reading.sentence)
-
-
-_INTRODUCED = {*_NAMES, *ANIMALS, *THINGS, *PLACES} | _FEMALE_WORDS | _MALE_WORDS
-
-
-@cache
-def _vocabulary() -> frozenset[str]:
-    """Every word of the sentence shapes and word classes, in lower case."""
-    texts = [text for options in (*WORDS.values(), *SHAPES.values()) for text in options]
-    return frozenset(word.lower() for text in texts for word in re.findall(r"[^\W\d_]+", _SLOT.sub(" ", text)))
 
 
 # --- the gold reward ----------------------------------------------------------------------------------------------
@@ -300,29 +276,29 @@ def reward_parts(prompt: str, story: str) -> dict[str, float]:
     """
     cast = read_prompt(prompt)
     readings = read_story(prompt, story)
-    good = [(reading, reading.sentence) for reading in readings if reading.sentence and reading.agrees]
     values: dict[str, list[float]] = {}
-    for reading, sentence in good:
-        by_hero = cast is not None and reading.actor == cast.hero
-        weight = 1.0
-        if sentence.kind in ("deed", "gift"):
-            weight = 1.0 if reading.actor is None else 2.0 if by_hero else 1.0
-        if sentence.kind == "gift" or sentence.kind == "words":
-            weight /= 2
-        values.setdefault(sentence.kind, []).append(weight * sentence.sign)
+    for reading in readings:
+        sentence = reading.sentence
+        if cast is None or sentence is None or not reading.agrees:
+            continue
+        value = float(sentence.sign)
+        if sentence.kind in ("deed", "gift") and reading.actor == cast.hero:
+            value *= 2
+        if sentence.kind in ("gift", "words"):
+            value /= 2
+        values.setdefault(sentence.kind, []).append(value)
         if sentence.kind == "ending":
-            home = any(role == "place" for role, _, _ in sentence.mentions)
-            values.setdefault("home", []).append(0.5 * home)
-    kinds = {sentence.kind for _, sentence in good}
+            values.setdefault("home", []).append(0.5 * any(role == "place" for role, _, _ in sentence.mentions))
+    kinds = values.keys() - {"home"}
     faults = len(readings) - len(kinds) + sum(kind not in kinds for kind in CORE_KINDS)
-    parts = {name: sum(v) / len(v) for name in ("deed", "gift", "ending", "home", "words") for v in [values.get(name, [0.0])]}
-    return parts | {"faults": -float(faults)}
+    parts = {name: values.get(name, [0.0]) for name in ("deed", "gift", "ending", "home", "words")}
+    return {name: sum(part) / len(part) for name, part in parts.items()} | {"faults": -float(faults)}
 
 
 def gold_reward(prompt: str, story: str) -> float:
     """The known reward of a story, in [-8, 5]: the sum of `reward_parts`, defined for any text, and never raising.
 
-    Stories of the grammar lie in [-5, 5] with mean about 0.2; an empty text scores -4, gibberish less.
+    Stories of the grammar lie in [-5, 5] with mean about 0.3; an empty text scores -4, gibberish less.
     """
     low, high = REWARD_RANGE
     return min(high, max(low, sum(reward_parts(prompt, story).values())))
@@ -364,10 +340,8 @@ def _write(shape: str, words: Mapping[str, Sequence[str]], rng: Random, slot: Ca
 def sample_prompt(rng: Random) -> str:
     """Draw a prompt: two sentences, no space at either end."""
     hero = Being(_pick(rng, _NAMES), _pick(rng, ANIMALS))
-    friend = Being(
-        _pick(rng, [name for name in _NAMES if name != hero.name]),
-        _pick(rng, [animal for animal in ANIMALS if animal != hero.animal]),
-    )
+    others = [animal for animal in ANIMALS if animal != hero.animal]
+    friend = Being(_pick(rng, MALE_NAMES if hero.female else FEMALE_NAMES), _pick(rng, others))
     nouns = {"thing": _pick(rng, THINGS), "lived": _pick(rng, list(PLACES.values()))}
 
     def slot(name: str) -> str:
@@ -383,8 +357,8 @@ def sample_prompt(rng: Random) -> str:
 def sample_story(prompt: str, rng: Random) -> str:
     """Draw a story for a prompt of the grammar: a leading space, four or five sentences.
 
-    Mostly the one in trouble is the one to whom the deed is done, and mostly a kind deed has a happy ending; all else is
-    drawn evenly. Raises ValueError if the grammar can't write the prompt.
+    Mostly the one in trouble is the one to whom the deed is done, and mostly a kind deed has a happy ending; all else
+    is drawn evenly. Raises ValueError if the grammar can't write the prompt.
     """
     cast = read_prompt(prompt)
     if cast is None:
@@ -409,11 +383,11 @@ def sample_story(prompt: str, rng: Random) -> str:
                 subject = being
                 if being == before and chance < 0.5:
                     return being.pronoun("he")
-            if form == "o" and chance < 0.5 and cast.hero.female != cast.friend.female:
+            if form == "o" and chance < 0.5:
                 return being.pronoun("him")
             if form in _PRONOUNS:
                 return being.pronoun(form)
-            return being.name if form == "name" or chance < 0.75 else "the " + being.animal
+            return being.name if form == "name" or chance < 0.88 else "the " + being.animal
 
         return _write(shape, WORDS, rng, slot)
 

@@ -91,7 +91,7 @@ class Decoder(nn.Module):
         def norm() -> nn.Module:
             return nn.RMSNorm(dim, eps=norm_eps) if use_rmsnorm else nn.LayerNorm(dim, eps=norm_eps)
 
-        inner = int(dim * ff_mult) if ff_inner_dim is None else ff_inner_dim
+        self.inner_dim = inner = int(dim * ff_mult) if ff_inner_dim is None else ff_inner_dim
         self.layers = nn.ModuleList(
             Block(
                 norm(),

@@ -1,0 +1,266 @@
+"""Readers: every format from a tiny file, every kind of bad input with its line, and the real data."""
+
+import gzip
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from xalign.data.records import Example, Message, PreferencePair
+from xalign.data.sources import ReadReport, iter_pairs, pair_to_example, read_examples, read_pairs, read_prompts
+from xalign.errors import ConfigError, DataError
+
+REAL = Path(__file__).parent.parent / "../shared/data/hh-harmless-base.train.jsonl.gz"
+STANDARD = {"prompt": "Sky?", "chosen": " Blue.", "rejected": " Green."}
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def assistant(text):
+    return {"role": "assistant", "content": text}
+
+
+def U(text):
+    return Message("user", text)
+
+
+def A(text):
+    return Message("assistant", text)
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Write records (or raw text or bytes) to a file and give its path."""
+
+    def write(data, name="data.jsonl"):
+        if isinstance(data, list):
+            data = "".join(json.dumps(record) + "\n" for record in data)
+        data = data.encode() if isinstance(data, str) else data
+        path = tmp_path / name
+        path.write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+        return str(path)
+
+    return write
+
+
+def test_trl_standard(write):
+    path = write([STANDARD, STANDARD | {"margin": 2, "id": 7}])
+    one, two = read_pairs(path)
+    assert one == PreferencePair("Sky?", " Blue.", " Green.", None, f"{path}:1")
+    assert (two.margin, two.where) == (2, f"{path}:2")
+
+
+def test_trl_standard_implicit_prompt_keeps_the_shared_beginning(write):
+    """losses.md: a shared answer prefix moved into the prompt ("I like")."""
+    (pair,) = read_pairs(write([{"chosen": "I like tea.", "rejected": "I like mud."}]))
+    assert (pair.prompt, pair.chosen, pair.rejected) == ("", "I like tea.", "I like mud.")
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"prompt": [user("hi")], "chosen": [assistant("yes")], "rejected": [assistant("no")]},
+        {"chosen": [user("hi"), assistant("yes")], "rejected": [user("hi"), assistant("no")]},
+        {"prompt": [user("hi")], "chosen": [user("hi"), assistant("yes")], "rejected": [user("hi"), assistant("no")]},
+        {"prompt": "hi", "chosen": [user("hi"), assistant("yes")], "rejected": [user("hi"), assistant("no")]},
+        {"prompt": None, "chosen": "\n\nHuman: hi\n\nAssistant: yes", "rejected": "\n\nHuman: hi\n\nAssistant: no"},
+        {"chosen": "Human: hi\n\nAssistant: yes\n", "rejected": "\n\nHuman: hi\n\nAssistant:no"},
+    ],
+    ids=["explicit", "implicit", "repeated", "ultrafeedback", "hh", "hh-loose"],
+)
+def test_conversational_forms_of_one_pair(write, record):
+    (pair,) = read_pairs(write([record]))
+    assert (pair.prompt, pair.chosen, pair.rejected) == ((U("hi"),), (A("yes"),), (A("no"),))
+
+
+def test_hh_splits_at_the_last_assistant(write):
+    head = "\n\nHuman: a\n\nAssistant: b\n\n1. x\n\nHuman: c\n\nAssistant: "
+    (pair,) = read_pairs(write([{"chosen": head + "I like d", "rejected": head + "I like e"}]))
+    assert pair.prompt == (U("a"), A("b\n\n1. x"), U("c"))
+    assert (pair.chosen, pair.rejected) == ((A("I like d"),), (A("I like e"),))
+
+
+def test_flaws_of_real_data_are_counted_and_dropped(write):
+    good = {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: c"}
+    empty = good | {"rejected": "\n\nHuman: a\n\nAssistant: "}
+    other = good | {"rejected": "\n\nHuman: z\n\nAssistant: c"}
+    path = write([good, empty, other, other, good | {"rejected": good["chosen"]}])
+    report = ReadReport()
+    assert len(read_pairs(path, report=report)) == 1
+    assert (report.records, report.kept) == (5, 1)
+    assert list(report.flaws.values()) == [1, 2, 1] and f"prompts differ, dropped: 2 (first: {path}:3)" in str(report)
+    with pytest.raises(DataError, match=r"no usable preference pair \(0 of 1 records kept; empty reply"):
+        read_pairs(write([empty]))
+
+
+def test_identical_sides(write):
+    path = write([STANDARD, STANDARD | {"rejected": " Blue."}])
+    for mode, number in (("drop", 1), ("keep", 2)):
+        report = ReadReport()
+        assert len(read_pairs(path, identical=mode, report=report)) == number
+        assert sum(report.flaws.values()) == 1 and "identical" in str(report)
+    with pytest.raises(ConfigError, match="'drop', 'keep'"):
+        read_pairs(path, identical="both")
+
+
+def test_ultrafeedback_scores_become_a_margin(write):
+    (pair,) = read_pairs(write([STANDARD | {"score_chosen": 8.5, "score_rejected": 6}]))
+    assert pair.margin == 2.5
+
+
+@pytest.mark.parametrize("name", ["d.jsonl", "d.jsonl.gz", "d.JSONL", "d.json", "d.json.gz"])
+def test_containers(write, name):
+    data = [STANDARD, STANDARD]
+    if ".json" in name and "jsonl" not in name.lower():
+        for value in (data, {"data": data, "version": 1}):
+            pairs = read_pairs(path := write(json.dumps(value, indent=1), name))
+            assert [p.where for p in pairs] == [f"{path}:1", f"{path}:2"]
+    assert len(read_pairs(write(data, name))) == 2  # JSON lines under the name .json as well
+
+
+def test_bom_crlf_blank_lines_and_odd_separators(write):
+    line = json.dumps(STANDARD | {"chosen": "a\u2028b"}, ensure_ascii=False)
+    pairs = read_pairs(path := write(b"\xef\xbb\xbf" + f"{line}\r\n\r\n{line}".encode()))
+    assert [p.where for p in pairs] == [f"{path}:1", f"{path}:3"] and pairs[0].chosen == "a\u2028b"
+
+
+def test_examples(write):
+    chat = [user("a"), assistant("b"), user("c"), assistant("d")]
+    records = [
+        {"messages": chat},
+        {"prompt": "p", "completion": "c"},
+        {"prompt": [user("a")], "completion": [assistant("b")]},
+        {"text": "once"},
+        STANDARD,
+    ]
+    examples = read_examples(write(records))
+    turns = (U("a"), A("b"), U("c"), A("d"))
+    expected = [((), turns), ("p", "c"), ((U("a"),), (A("b"),)), ("", "once"), ("Sky?", " Blue.")]
+    assert [(e.prompt, e.completion) for e in examples] == expected
+
+
+def test_text_files(write):
+    examples = read_examples(path := write("  one \r\n\n\ntwo", "corpus.txt"))
+    assert examples == [Example("", "  one ", f"{path}:1"), Example("", "two", f"{path}:4")]
+    assert len(read_examples(write("a\nb\n", "c.txt.gz"), limit=1)) == 1
+
+
+def test_pair_to_example():
+    pair = PreferencePair((U("a"), A("b"), U("c")), (A("d"),), (A("e"),))
+    assert pair_to_example(pair) == Example(pair.prompt, pair.chosen)
+    assert pair_to_example(pair, every_turn=True) == Example((), pair.prompt + pair.chosen)
+    assert pair_to_example(PreferencePair("a", "b", "c"), every_turn=True) == Example("a", "b")
+
+
+def test_read_prompts(write):
+    assert read_prompts(write("one\n\ntwo \n", "p.txt")) == ["one", "two "]
+    assert read_prompts(write([STANDARD, {"messages": [user("hi")]}])) == ["Sky?", (U("hi"),)]
+    for record, message in (({"id": 1}, "allowed: a record with prompt"), ({"prompt": " "}, "'prompt' is empty")):
+        with pytest.raises(DataError, match=f":1: .*{message}"):
+            read_prompts(write([record]))
+
+
+GOOD = json.dumps(STANDARD)
+
+
+@pytest.mark.parametrize(
+    ("second_line", "message"),
+    [
+        ('{"prompt": "a", "chosen": ', r"not valid JSON: Expecting value at column 27"),
+        ('{"prompt": "a", "chosen": "b"}', r"no 'rejected', only the keys 'prompt', 'chosen'"),
+        ('{"query": "a", "answer": "b"}', r"unknown shape with the keys 'query', 'answer'; allowed: prompt\+chosen"),
+        ('{"prompt": "a", "chosen": 3, "rejected": "c"}', r"'chosen' must be text or a list of messages, not int"),
+        ('{"prompt": 1, "chosen": "b", "rejected": "c"}', r"'prompt' must be text or a list of messages, not int"),
+        ('{"prompt": "a", "chosen": " \\n", "rejected": "c"}', r"'chosen' is an empty completion"),
+        ('{"prompt": "a", "chosen": "b", "rejected": ""}', r"'rejected' is an empty completion"),
+        ('{"prompt": "a", "chosen": "b", "rejected": "\\ud800"}', r"'rejected' holds half a character"),
+        ('{"prompt": "a", "chosen": "b", "rejected": "c", "margin": "x"}', r"must be numbers, not 'x'"),
+        ('{"prompt": "a", "chosen": "b", "rejected": "c", "margin": NaN}', r"'margin' must be a finite number"),
+        ('{"chosen": [{"role": "bot", "content": "b"}], "rejected": []}', r"unknown role 'bot'; allowed: system"),
+        ('{"chosen": [{"role": "user"}], "rejected": []}', r"'chosen' must hold objects with 'role' and 'content'"),
+        ('{"chosen": [], "rejected": []}', r"'chosen' must be one assistant message, not: none"),
+        ('{"chosen": [{"role": "assistant", "content": null}], "rejected": []}', r"must be text, not NoneType"),
+        ('{"chosen": [{"role": "user", "content": "b"}], "rejected": [{"role": "user", "content": ""}]}', "not: user"),
+        ('{"chosen": [{"role": "assistant", "content": "b"}], "rejected": "c"}', r"text and messages are mixed"),
+        ("[1, 2]", r"must be a JSON object, not list"),
+        ("[" * 100_000, r"nested too deeply|Expecting value"),
+    ],
+    ids=lambda value: value[:40],
+)
+def test_bad_pairs_name_their_line(write, second_line, message):
+    path = write(f"{GOOD}\n{second_line}\n{GOOD}\n")
+    with pytest.raises(DataError, match=message) as error:
+        read_pairs(path)
+    assert str(error.value).startswith(f"{path}:2: ") and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"prompt": "a", "completion": ""}', "the completion is empty"),
+        ('{"messages": [{"role": "user", "content": "a"}]}', "no assistant turn"),
+        ('{"messages": "a"}', "'messages' must be a list of messages, not str"),
+        ('{"text": 3}', "'text' must be"),
+        ('{"foo": 3}', r"the keys 'foo'; allowed: messages, prompt\+completion, text, prompt\+chosen"),
+        ("{}", "no keys; allowed"),
+    ],
+)
+def test_bad_examples_name_their_line(write, line, message):
+    with pytest.raises(DataError, match=message) as error:
+        read_examples(path := write(line))
+    assert str(error.value).startswith(f"{path}:1: ")
+
+
+def test_bad_files(write, tmp_path):
+    def fails(path, message, start=None):
+        with pytest.raises(DataError, match=message) as error:
+            read_pairs(path)
+        assert str(error.value).startswith(start or f"{path}: ") and "\n" not in str(error.value)
+
+    fails(tmp_path / "no.jsonl", "can't be read \\(No such file")
+    (tmp_path / "dir.jsonl").mkdir()
+    fails(tmp_path / "dir.jsonl", "can't be read \\(Is a directory")
+    fails(write("", "empty.jsonl"), "holds no record")
+    fails(write("\n\n", "empty.json"), "holds no record")
+    fails(write("[]", "none.json"), "holds no record")
+    fails(write("x", "data.csv"), "unknown kind; allowed: .jsonl")
+    fails(path := write('{"a": 1}', "one.json"), "holds the keys 'a'; allowed: a list", f"{path}:1: ")
+    fails(path := write("[\n{},\n{]", "bad.json"), "not valid JSON", f"{path}:3: ")
+    fails(path := write(f"{GOOD}\n".encode() + b'{"prompt": "\xff"}\n', "latin.jsonl"), "not UTF-8", f"{path}:2: ")
+    fails(path := write(GOOD.encode("utf-16"), "utf16.jsonl"), "not UTF-8", f"{path}:1: ")
+    path = tmp_path / "plain.jsonl.gz"
+    path.write_text(GOOD)
+    fails(path, "not a sound gzip file", f"{path}:1: ")
+    whole = gzip.compress("".join(f"{GOOD[:-1]}, {i}{'x' * i}: 1}}\n" for i in range(200)).encode())
+    path.write_bytes(whole[: len(whole) // 2])
+    fails(path, "cut short|not valid JSON", f"{path}:")
+    (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(f"{GOOD}\n".encode())[:-9])
+    fails(path := tmp_path / "cut.jsonl.gz", "cut short", f"{path}:")
+
+
+def test_lines_are_streamed(write):
+    """A broken line is met only when the reader gets there: nothing is read ahead as a whole."""
+    pairs = iter_pairs(write(f"{GOOD}\nbroken"))
+    assert next(pairs).chosen == " Blue."
+    with pytest.raises(DataError, match=":2: not valid JSON"):
+        next(pairs)
+    assert len(read_pairs(write(f"{GOOD}\nbroken"), limit=1)) == 1
+
+
+def test_reading_needs_no_torch():
+    code = "import sys, xalign.data.sources, xalign.tokenizers; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.skipif(not REAL.exists(), reason=f"the shared data {REAL.name} is not beside this checkout")
+def test_real_preference_data():
+    report = ReadReport()
+    pairs = read_pairs(REAL, report=report)
+    assert report.records == 1800 and report.kept == len(pairs) == 1795
+    assert report.flaws == {"empty reply, dropped": 1, "prompts differ, dropped": 4}
+    assert all(p.prompt and p.prompt[-1].role == "user" and len(p.chosen) == len(p.rejected) == 1 for p in pairs)
+    assert len(read_examples(REAL, every_turn=True, limit=10)) == 10

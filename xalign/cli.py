@@ -1,0 +1,89 @@
+"""The command line: `xalign COMMAND ...`; a user's mistake is one line on stderr and exit status 2."""
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from xalign.errors import ConfigError, XalignError, nearest
+
+SHORT = {"-p": "--prompt"}
+
+
+def _dpo(arguments: Sequence[str], program: str) -> None:
+    from xalign.config import DPOConfig, parse
+
+    config = parse(DPOConfig, arguments, program)
+    from xalign.train import run_dpo
+
+    run_dpo(config)
+
+
+def _sft(arguments: Sequence[str], program: str) -> None:
+    from xalign.config import SFTConfig, parse
+
+    config = parse(SFTConfig, arguments, program)
+    from xalign.train import run_sft
+
+    run_sft(config)
+
+
+def _generate(arguments: Sequence[str], program: str) -> None:
+    from xalign.config import GenerateConfig, parse
+
+    config = parse(GenerateConfig, arguments, program, SHORT)
+    from xalign.complete import run_generate
+
+    run_generate(config)
+
+
+COMMANDS: dict[str, tuple[Callable[[Sequence[str], str], None], str]] = {
+    "sft": (_sft, "train a model to imitate text or conversations"),
+    "dpo": (_dpo, "align a model with preference pairs (train_dpo.py)"),
+    "generate": (_generate, "continue prompts with a trained model (generate.py)"),
+}
+
+
+def guarded(function: Callable[..., Any], *arguments: Any) -> None:
+    """Run a program: a user's mistake becomes one line and its exit status, never a traceback."""
+    try:
+        function(*arguments)
+    except XalignError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(error.exit_status)
+    except KeyboardInterrupt:
+        print("stopped; finished stages and checkpoints are kept, the same command goes on", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader of our output has gone, there is nobody to tell
+        sys.exit(141)
+    except OSError as error:
+        print(f"error: {error.filename or 'system'}: {error.strerror or error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def main(arguments: Sequence[str] | None = None, command: str | None = None) -> None:
+    """Run a command; the scripts at the top of the repository name theirs, `xalign` takes the first argument."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if command is not None:
+        return guarded(COMMANDS[command][0], arguments, sys.argv[0].rsplit("/", 1)[-1])
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print("usage: xalign COMMAND [OPTIONS]      (xalign COMMAND --help lists the options)\n")
+        print("\n".join(f"  {name:10} {text}" for name, (_, text) in COMMANDS.items()))
+        return None
+    return guarded(_dispatch, arguments)
+
+
+def _dispatch(arguments: list[str]) -> None:
+    name = arguments[0]
+    if name == "--version":
+        from xalign import __version__
+
+        print(f"xalign {__version__}")
+        return
+    if name not in COMMANDS:
+        raise ConfigError(f"no command {name!r}{nearest(name, COMMANDS)}; allowed are {', '.join(COMMANDS)}")
+    COMMANDS[name][0](arguments[1:], f"xalign {name}")
+
+
+if __name__ == "__main__":
+    main()

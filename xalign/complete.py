@@ -1,0 +1,63 @@
+"""`generate.py`: prompts from flags, standard input or a file to completions on standard output."""
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from xalign.backends.base import SamplingParams
+from xalign.backends.native import NativeBackend
+from xalign.checkpoint import load_pretrained
+from xalign.config import GenerateConfig, PromptOptions
+from xalign.data.records import Message, Text
+from xalign.data.sources import read_prompts
+from xalign.errors import ConfigError
+from xalign.stages import choose_device, prompt_text
+
+
+def run_generate(config: GenerateConfig) -> None:
+    """Continue each prompt; text as it comes for one prompt, else completions in the prompts' order."""
+    options, draw = config.prompt, config.sampling
+    params = SamplingParams(**{name: getattr(draw, name) for name in SamplingParams.__dataclass_fields__})
+    prompts = [as_prompt(p, options) for p in gather(options)]
+    model, tokenizer = load_pretrained(options.model, draw.dtype, choose_device(draw.device))
+    if tokenizer is None:
+        raise ConfigError(f"{options.model}: there is no tokenizer in this folder, allowed is a folder with one")
+    backend = NativeBackend(model, tokenizer, draw.batch_size)
+    if len(prompts) == 1 and params.n == params.beams == 1 and not options.json:
+        for piece in backend.stream(prompts[0], params):
+            print(piece, end="", flush=True)
+        print()
+        return
+    for prompt, completions in zip(prompts, backend.generate(prompts, params, "generate"), strict=True):
+        for completion in completions:
+            if options.json:
+                shown = prompt if isinstance(prompt, str) else [{"role": m.role, "content": m.content} for m in prompt]
+                print(json.dumps({"prompt": shown, "completion": completion.text, "finish_reason": completion.finish_reason,
+                                  "tokens": len(completion.token_ids), "logps": completion.logps}, ensure_ascii=False))
+            else:
+                print((f"{prompt_text(prompt)}\n    " if len(prompts) > 1 else "") + completion.text)
+
+
+def gather(options: PromptOptions) -> Iterator[Text]:
+    """The prompts: --prompt, else --prompts FILE, else standard input as one."""
+    if options.prompt is not None and options.prompts is not None:
+        raise ConfigError("--prompt and --prompts are both given, allowed is one of them")
+    if options.prompt is not None:
+        yield options.prompt
+    elif options.prompts is not None:
+        yield from read_prompts(Path(options.prompts))
+    else:
+        if sys.stdin.isatty():
+            print("reading a prompt from standard input, end with Ctrl-D (or use --prompt)", file=sys.stderr)
+        yield sys.stdin.read().rstrip("\n")
+
+
+def as_prompt(prompt: Text, options: PromptOptions) -> Text:
+    """With --chat a text becomes a user's turn, behind the --system turn where there is one."""
+    if not options.chat:
+        if options.system is not None:
+            raise ConfigError("--system goes with --chat")
+        return prompt
+    turns = (Message("user", prompt),) if isinstance(prompt, str) else prompt
+    return ((Message("system", options.system),) if options.system else ()) + turns

@@ -1,0 +1,243 @@
+"""The training programs from flags to report: `run_sft` and `run_dpo`."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn as nn
+
+from xalign.checkpoint import load_pretrained, save_pretrained
+from xalign.config import DPOConfig, SFTConfig, flatten
+from xalign.data.collate import EncodedPair, Schedule, TruncationReport, collate_pairs, encode_pair, mixture, truncate_pair
+from xalign.data.records import PreferencePair
+from xalign.data.sources import read_examples
+from xalign.dpo import DPO
+from xalign.errors import ConfigError, DataError, Diverged
+from xalign.evaluation.compare import compare, quick
+from xalign.evaluation.metrics import pairs_logps, sample
+from xalign.evaluation.report import write_report
+from xalign.nn.transformer import TransformerWrapper
+from xalign.objectives import Preference
+from xalign.runs import SAMPLES, RunFolder
+from xalign.stages import (
+    EMBEDDED,
+    choose_device,
+    count_steps,
+    encode_examples,
+    hold_out,
+    imitate,
+    is_toy,
+    load_model,
+    loop_options,
+    micro_batches,
+    preference_data,
+    prompt_text,
+    say,
+    scratch_model,
+    scratch_tokenizer,
+    sft_loop,
+    show_record,
+)
+from xalign.tokenizers import Tokenizer
+from xalign.training import autocast, train
+
+# settings that may differ when a run is resumed: they change nothing in what is computed
+VOLATILE = ("resume", "overwrite", "dry_run", "report_to", "output_dir")
+
+
+def claim(config: Any, program: str) -> RunFolder:
+    """Take the run's folder for this process and configuration; see `RunFolder.claim`."""
+    run = config.run
+    folder = RunFolder(run.output_dir or Path("runs") / (run.run_name or program))
+    if run.resume and not (folder.path / "config.json").exists():
+        raise ConfigError(f"--resume: there is no run in {folder.path}")
+    if run.resume and run.overwrite:
+        raise ConfigError("--resume and --overwrite are both given, allowed is one of them")
+    settings = {"program": program, **{k: v for k, v in flatten(config).items() if k not in VOLATILE}}
+    folder.claim({k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}, run.overwrite)
+    if run.report_to == "wandb":
+        folder.start_wandb(run.run_name or folder.path.name, settings)
+    return folder
+
+
+def parameter_count(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+# -- imitation ------------------------------------------------------------------------------------------------------
+
+
+def run_sft(config: SFTConfig) -> None:
+    """`xalign sft`: tokenizer and model from scratch, or --model, trained on text; ends in <folder>/policy."""
+    data, training = config.data, config.training
+    files = data.dataset or (str(EMBEDDED / "corpus.txt"),)
+    if data.dataset_weights and len(data.dataset_weights) != len(files):
+        raise ConfigError(f"--dataset-weights has {len(data.dataset_weights)} numbers for {len(files)} files, allowed is "
+                          "one each")
+    device = choose_device(config.run.device)
+    sets = [read_examples(file, every_turn=True) for file in files]
+    weights = data.dataset_weights or (1.0,) * len(sets)
+    rows = [sets[i][j] for i, j in mixture([len(s) for s in sets], weights, training.seed, 0)]
+    if data.eval_dataset:
+        held_out = read_examples(data.eval_dataset, every_turn=True)
+    else:
+        rows, held_out = hold_out(rows, lambda e: f"{e.prompt}{e.completion}", 20, training.seed)
+    if config.model.model:
+        model, tokenizer = load_model(config.model.model, config.run, device)
+    else:
+        tokenizer = scratch_tokenizer((t for e in rows for t in (e.prompt, e.completion) if t), config.model.vocab_size)
+        model = scratch_model(config.model, tokenizer.vocab_size, training.seed).to(device)
+    examples = encode_examples(rows, tokenizer, data.max_length, data.truncation_mode)
+    if config.run.dry_run:
+        print(f"{parameter_count(model):,} parameters, {tokenizer.vocab_size:,} pieces; first of {len(examples):,} records:")
+        print(show_record(tokenizer, examples[0].ids, examples[0].loss_mask))
+        return
+    run = claim(config, "sft")
+    if (run.path / "policy").exists():
+        say(f"{run.path} is finished: the model is in {run.path / 'policy'} (--overwrite trains it anew)")
+        return
+    model.attn_layers.gradient_checkpointing = training.gradient_checkpointing
+    held = encode_examples(held_out, tokenizer, data.max_length, data.truncation_mode)
+    imitate(model, tokenizer, examples, held, run, loop_options(training, config.run), batch_size=training.batch_size,
+            accumulation=training.gradient_accumulation_steps, epochs=training.num_train_epochs, max_steps=training.max_steps)
+    save_pretrained(model, run.path / "policy", tokenizer)
+    run.finish()
+    print(run.path / "policy")
+
+
+# -- preferences ----------------------------------------------------------------------------------------------------
+
+
+def run_dpo(config: DPOConfig) -> None:
+    """`train_dpo.py`: (tokenizer and SFT,) reference, DPO, evaluation, report; every finished stage is kept."""
+    started = time.time()
+    device = choose_device(config.run.device)
+    pairs, held_out, examples = preference_data(config.data, config.training.seed)
+    if config.run.dry_run:
+        return dry_run(config, pairs, device)
+    run = claim(config, "dpo")
+    report = run.path / "report.md"
+    if report.exists():
+        say(f"{run.path} is finished; --overwrite runs it anew. From its report:")
+        print(report.read_text(encoding="utf-8").split("## Samples")[0].strip())
+        return
+
+    policy, tokenizer = base_model(config, run, examples, device)
+    untrained = None
+    if not config.model.model:
+        untrained = scratch_model(config.model, tokenizer.vocab_size, config.training.seed).to(device)
+    reference = load_model(config.loss.ref_model, config.run, device)[0] if config.loss.ref_model else None
+    dpo = DPO(policy, beta=config.loss.beta, ref_model=reference, loss=config.loss.loss_type,
+              label_smoothing=config.loss.label_smoothing)
+    train_pairs = encode_pairs(pairs, tokenizer, config, "train")
+    eval_pairs = encode_pairs(held_out, tokenizer, config, "held out")
+    if not (run.path / "policy").exists():
+        align(config, run, dpo, tokenizer, train_pairs, eval_pairs, held_out)
+        save_pretrained(policy, run.path / "policy", tokenizer)
+    else:
+        policy.load_state_dict(load_pretrained(run.path / "policy", device=device)[0].state_dict())
+    e = config.evaluation
+    result = compare(dpo, untrained, tokenizer, held_out, eval_pairs, gold_known=is_toy(p.prompt for p in held_out),
+                     prompts=e.eval_prompts, samples=e.eval_samples, max_new_tokens=e.eval_max_new_tokens,
+                     seed=config.training.seed)
+    result.numbers["seconds"] = round(time.time() - started, 1)
+    title = f"{config.loss.loss_type} on {config.data.dataset or 'the toy world'}"
+    table = write_report(run.path, title, result, flatten(config))
+    run.finish()
+    print(table)
+    say(f"report: {report}")
+
+
+def dry_run(config: DPOConfig, pairs: list[PreferencePair], device: torch.device) -> None:
+    """Show one rendered, tokenised and masked pair, and the parameter count."""
+    if config.model.model:
+        model, tokenizer = load_model(config.model.model, config.run, device)
+    else:
+        tokenizer = scratch_tokenizer((t for p in pairs for t in (p.prompt, p.chosen) if t), config.model.vocab_size)
+        model = scratch_model(config.model, tokenizer.vocab_size, config.training.seed)
+    encoded = encode_pairs(pairs, tokenizer, config, "train")
+    print(f"{parameter_count(model):,} parameters, {tokenizer.vocab_size:,} pieces, {len(encoded):,} pairs; the first:")
+    for side in ("chosen", "rejected"):
+        prompt, completion = encoded[0].prompt, getattr(encoded[0], side)
+        print(f"\n{side}:")
+        print(show_record(tokenizer, prompt + completion, [False] * len(prompt) + [True] * len(completion)))
+
+
+def base_model(config: DPOConfig, run: RunFolder, examples: list, device: torch.device) -> tuple[TransformerWrapper, Tokenizer]:
+    """The model before alignment, kept in <run>/reference: --model, or one trained on `examples` from scratch."""
+    saved = run.path / "reference"
+    if not saved.exists():
+        if config.model.model:
+            model, tokenizer = load_model(config.model.model, config.run, device)
+        else:
+            say("training a tokenizer and a model from scratch")
+            tokenizer = scratch_tokenizer((t for e in examples for t in (e.prompt, e.completion) if t), config.model.vocab_size)
+            model = scratch_model(config.model, tokenizer.vocab_size, config.training.seed).to(device)
+            say(f"{parameter_count(model):,} parameters, {tokenizer.vocab_size:,} pieces")
+            encoded = encode_examples(examples, tokenizer, config.data.max_length, "keep_start")
+            imitate(model, tokenizer, encoded[len(encoded) // 40 :], encoded[: len(encoded) // 40], run.part("sft"),
+                    sft_loop(config.sft, config.training, config.run), batch_size=config.sft.sft_batch_size,
+                    epochs=config.sft.sft_epochs)
+        save_pretrained(model, saved, tokenizer)
+    return load_model(str(saved), config.run, device)
+
+
+def encode_pairs(pairs: list[PreferencePair], tokenizer: Tokenizer, config: DPOConfig, name: str) -> list[EncodedPair]:
+    """Tokenise and truncate pairs, and say what that cost."""
+    report = TruncationReport()
+    cut = [truncate_pair(encode_pair(p, tokenizer), config.data.max_length, config.data.truncation_mode, report) for p in pairs]
+    encoded = [p for p in cut if p is not None]
+    say(f"{name} pairs: {report}")
+    if not encoded:
+        raise DataError(f"no pair is left after truncation to {config.data.max_length} tokens ({report})")
+    return encoded
+
+
+def align(config: DPOConfig, run: RunFolder, dpo: DPO, tokenizer: Tokenizer, pairs: list[EncodedPair],
+          eval_pairs: list[EncodedPair], held_out: list[PreferencePair]) -> None:
+    """Preference training of `dpo.policy_model`, from a checkpoint where there is one."""
+    training, options = config.training, loop_options(config.training, config.run)
+    policy = dpo.policy_model
+    assert isinstance(policy, TransformerWrapper)
+    device = policy.token_emb.weight.device
+    policy.attn_layers.gradient_checkpointing = training.gradient_checkpointing
+    known = eval_known = None
+    with autocast(device, training.bf16):
+        if dpo.ref_model is not None and config.loss.precompute_ref_log_probs:
+            known = pairs_logps(dpo, dpo.ref_model, pairs, tokenizer.pad_id, progress="reference")  # type: ignore[arg-type]
+        if dpo.ref_model is not None:
+            eval_known = pairs_logps(dpo, dpo.ref_model, eval_pairs, tokenizer.pad_id)  # type: ignore[arg-type]
+    objective = Preference(dpo, known)
+    size = training.batch_size
+    order = Schedule([len(p.prompt) + max(len(p.chosen), len(p.rejected)) for p in pairs],
+                     size * training.gradient_accumulation_steps, training.seed)
+    batches = micro_batches(order, size, lambda rows: collate_pairs([pairs[i] for i in rows], tokenizer.pad_id, rows))
+    if config.loss.ref_model is None:
+        check_first_loss(objective, batches(0)[0].to(device), training.bf16)
+
+    def evaluate(step: int) -> dict[str, float]:
+        prompts = [p.prompt for p in held_out[:4]]
+        for prompt, row in zip(prompts, sample(policy, tokenizer, prompts, 1, config.evaluation.eval_max_new_tokens, step),
+                               strict=True):
+            run.log(SAMPLES, {"step": step, "prompt": prompt_text(prompt), "completion": row[0].text})
+        if eval_known is None:
+            return {}
+        with autocast(device, training.bf16):
+            return quick(dpo, eval_pairs, eval_known, tokenizer.pad_id)
+
+    steps = count_steps(len(order), training.num_train_epochs, training.max_steps)
+    train(policy, objective, batches, steps, len(order), options, run, tokenizer, title="dpo", evaluate=evaluate)
+
+
+def check_first_loss(objective: Preference, batch: Any, bf16: bool) -> None:
+    """Policy and reference are equal, so the loss must be the one at four equal log-probabilities: ln 2 for DPO."""
+    dpo = objective.dpo
+    zero, one = torch.zeros(1), torch.ones(1)
+    expected = float(dpo.pair_losses(zero, zero, zero, zero, one, one))
+    dpo.policy_model.eval()
+    with torch.no_grad(), autocast(batch.chosen.device, bf16):
+        first = float(objective(batch)[0])
+    if not abs(first - expected) <= (0.05 if bf16 else 1e-3) * max(1.0, abs(expected)):
+        raise Diverged(f"the first loss is {first:.4f} although policy and reference are equal, expected is {expected:.4f}: "
+                       "the model gives different log-probabilities for the same tokens")
