@@ -129,8 +129,13 @@ def _match(text: str, pattern: re.Pattern[str], groups: list[tuple[str, str]]) -
 
 
 @cache
-def _patterns() -> list[tuple[str, int, _Pattern]]:
-    return [(kind, sign, _pattern(shape, WORDS)) for kind in SHAPES for shape, sign in _signed(SHAPES[kind])]
+def _patterns() -> list[tuple[str, int, str, _Pattern]]:
+    """Kind, sign, the longest literal inside (a sentence without it needn't be matched, which is faster) and pattern."""
+    return [
+        (kind, sign, max(_SLOT.sub("\0", shape).split("\0")[1:], key=len), _pattern(shape, WORDS))
+        for kind in SHAPES
+        for shape, sign in _signed(SHAPES[kind])
+    ]
 
 
 @cache
@@ -168,8 +173,8 @@ def split_document(document: str) -> tuple[str, str]:
 @lru_cache(maxsize=16384)
 def read_sentence(text: str) -> Sentence | None:
     """Parse one sentence, or None if the grammar can't write it."""
-    for kind, sign, pattern in _patterns():
-        if (mentions := _match(text, *pattern)) is not None:
+    for kind, sign, literal, pattern in _patterns():
+        if literal in text and (mentions := _match(text, *pattern)) is not None:
             return Sentence(kind, sign, mentions)
     return None
 
@@ -387,7 +392,7 @@ def sample_story(prompt: str, rng: Random) -> str:
                 return being.pronoun("him")
             if form in _PRONOUNS:
                 return being.pronoun(form)
-            return being.name if form == "name" or chance < 0.88 else "the " + being.animal
+            return being.name if form == "name" or chance < 0.6 else "the " + being.animal
 
         return _write(shape, WORDS, rng, slot)
 

@@ -1,0 +1,32 @@
+# `make demo` and `make test` set up all they need in .venv by themselves and are safe to repeat.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+PIP := $(RUN) -m pip install -q --disable-pip-version-check -c constraints.txt
+
+.PHONY: demo test test-slow lint clean
+
+demo: $(VENV)/.installed
+	$(RUN) train_dpo.py --config data/demo.json --output-dir runs/demo $(ARGS)
+
+test: $(VENV)/.installed-dev
+	$(RUN) -m pytest $(ARGS)
+
+test-slow: $(VENV)/.installed-dev
+	$(RUN) -m pytest -m slow $(ARGS)
+
+lint: $(VENV)/.installed-dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+
+$(VENV)/.installed: setup.py constraints.txt
+	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	$(PIP) -e '.[plots]'
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(PIP) -e '.[plots,dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info
