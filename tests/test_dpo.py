@@ -217,7 +217,7 @@ def test_sequence_logprobs_is_the_masked_sum():
 def test_sequence_logprobs_are_blind_to_padding(side, shape):
     model, rows = tiny(**SHAPES[shape]), [ids(1, n, seed=n)[0] for n in (4, 9, 2)]
     alone = torch.cat([logprobs.sequence_logprobs(model, r[None], torch.ones(1, len(r), dtype=torch.bool)) for r in rows])
-    for width, fill in ((9, 0), (14, 3), (14, -100)):
+    for width, fill in ((9, 0), (14, 3), (14, -100), (40, 0)):  # the window is 32
         tokens, mask = padded(rows, side, width, fill)
         out = logprobs.sequence_logprobs(model, tokens, torch.ones_like(mask), mask)
         torch.testing.assert_close(out, alone, atol=1e-5, rtol=1e-5)
@@ -323,6 +323,20 @@ def test_forms_of_the_prompt_mask():
     assert torch.equal(dpo(chosen, rejected, prompt_mask=(columns(3), None)),
                        dpo(chosen, rejected, prompt_mask=(columns(3), columns(0))))
     assert not torch.allclose(nothing, expected)
+
+
+def test_label_smoothing_and_a_loss_of_ones_own():
+    args, seen = (ids(2, 8), ids(2, 6, seed=1)), {}
+    plain, smooth = (float(pair(label_smoothing=e)(*args).detach()) for e in (0.0, 0.2))
+    swapped = float(pair()(*reversed(args)).detach())
+    assert smooth == pytest.approx(0.8 * plain + 0.2 * swapped, rel=1e-5)
+
+    def own(policy_chosen, policy_rejected, ref_chosen, ref_rejected, *, beta, chosen_lengths, rejected_lengths):
+        seen.update(locals())
+        return policy_chosen - policy_rejected
+
+    pair(loss=own, beta=3.0)(*args, prompt_mask=columns(2))
+    assert seen["beta"] == 3.0 and seen["chosen_lengths"].tolist() == [6, 6] and seen["rejected_lengths"].tolist() == [4, 4]
 
 
 def test_errors():

@@ -475,7 +475,7 @@ def test_beam_search_equals_transformers(seed, penalty):
     """trap 17: EOS, length penalty, unequal prompts: tokens and scores of every beam, best first."""
     theirs, ours = llama(vocab=13, depth=1, seed=seed)
     wrapped, prompts = AutoregressiveWrapper(ours, pad_value=PAD), [p % 13 for p in LISTED[:3]]
-    for w, eos in ((1, None), (3, 5), (4, [5, 7]), (2, None)):
+    for w, eos in ((1, None), (3, 5), (4, [5, 7]), (2, None), (2, [0, 1, 2, 3, 4, 5, 6, 7])):
         sequences, out = theirs_generate(theirs, prompts, 9, num_beams=w, num_return_sequences=w, early_stopping="never",
                                          length_penalty=penalty, eos_token_id=eos, output_scores=True)
         beams, scores = wrapped.beam_search(prompts, 9, beams=w, eos_token=eos, length_penalty=penalty,
@@ -522,6 +522,17 @@ def test_a_beam_of_full_width_finds_what_enumeration_finds(penalty, eos):
         assert beams[i].tolist() == list(text) + [1] * (beams.shape[-1] - len(text))
     assert (scores[len(expected) :] == -math.inf).all() and (beams[len(expected) :] == 1).all()
     assert model.beam_search(prompt, 3, beams=w, eos_token=eos, length_penalty=penalty).tolist() == list(expected[0][1])
+
+
+def test_the_search_goes_on_while_a_longer_text_may_win():
+    """trap 17: a finished text leads until length has diluted the cost of the other one."""
+    p = torch.full((3, 3), 1e-4)
+    p[0] = torch.tensor([1e-4, 0.49, 0.51])  # 2 ends
+    p[1] = torch.tensor([1e-4, 1.0, 1e-4])
+    model = AutoregressiveWrapper(Fixed((p / p.sum(-1, keepdim=True)).log()))
+    best = model.beam_search(torch.tensor([0]), 5, beams=1, eos_token=2, length_penalty=1.0, cache_kv=False)
+    assert best.tolist() == [1, 1, 1, 1, 1]
+    assert model.beam_search(torch.tensor([0]), 5, beams=1, eos_token=2, length_penalty=0.0, cache_kv=False).tolist() == [2]
 
 
 @settings(max_examples=15)

@@ -65,6 +65,17 @@ def test_top_p_at_an_exact_border_keeps_the_smallest_set():
     assert kept(S.top_p(x, 0.875)) == [True, True, True, False]
 
 
+@given(st.lists(st.integers(1, 40), min_size=2, max_size=12, unique=True), st.randoms(use_true_random=False))
+def test_top_p_at_any_exact_border(weights, random):
+    """trap 11: a mass that equals the threshold but for rounding has reached it."""
+    total, keep = sum(weights), 1 + random.randrange(len(weights))
+    largest = sorted(weights, reverse=True)[:keep]
+    p = sum(largest) / total
+    if p < 1:
+        out = S.top_p(torch.tensor(weights, dtype=torch.float).log(), p)
+        assert survivors(out) == {i for i, w in enumerate(weights) if w in largest}
+
+
 def test_top_p_of_one_changes_nothing():
     """trap 11: in x-transformers the fp32 sum passes 1 and tokens are dropped."""
     torch.manual_seed(0)

@@ -14,19 +14,19 @@ from xalign.data import toywords, toyworld
 from xalign.data.toyworld import gold_reward, is_consistent, is_well_formed, reward_parts, sample_prompt, sample_story
 
 DATA = Path(__file__).resolve().parents[1] / "data"
-PROMPT = "Once a shy fox called Mia lived by the lake. One morning she and Tom the owl found a kite."
-OTHER = "In the cave lived a proud goat called Sam. One sunny day Ruby the owl brought him a drum."
+PROMPT = "By the lake lived a shy girl called Mia. One morning she and Tom the owl found a kite."
+OTHER = "Once a proud boy called Sam lived in the cave. One sunny day Ruby the owl brought him a drum."
 
 GOOD = [  # (prompt, story), well-formed and consistent
     (PROMPT, " Soon, Tom hurt his leg. He was helped by Mia. Mia gave the kite to him. In the end, she felt happy."),
-    (PROMPT, " The kite blew away, and the owl sighed. At once the fox teased Tom. Then they shared the kite."
-             " From then on, the fox and Tom were friends no more."),
+    (PROMPT, " The kite blew away, and the owl sighed. At once the girl teased Tom. Then they shared the kite."
+             " From then on, the girl and Tom were friends no more."),
     (PROMPT, ' Mia was resting near the lake when a storm came up. It was Tom who saved her near the lake. "Thank you,'
-             ' Tom!" said the fox. Tom was handed the kite by Mia. Mia went home to the lake with a big smile.'),
-    (PROMPT, " At noon, a hungry wolf woke the fox. As soon as Tom saw Mia, he freed her. The birds sang near the lake."
+             ' Tom!" said the girl. Tom was handed the kite by Mia. Mia went home to the lake with a big smile.'),
+    (PROMPT, " At noon, a hungry wolf woke the girl. As soon as Tom saw Mia, he freed her. The birds sang near the lake."
              " Tom kept the kite from her. That night, they came back to the lake in silence."),
-    (OTHER, " Soon, Ruby lost her way. Sam ran to Ruby and hugged her. She told the goat that he was kind."
-            " Ruby threw the drum at Sam. Ever after, Ruby and the goat were like strangers."),
+    (OTHER, " Soon, Ruby lost her way. Sam ran to Ruby and hugged her. She told the boy that he was kind."
+            " Ruby threw the drum at Sam. Ever after, Ruby and the boy were like strangers."),
 ]  # fmt: skip
 
 ILL_FORMED = [
@@ -67,9 +67,10 @@ INCONSISTENT = [
     " The birds sang softly.",  # about nobody: no agreement to check
     " Then they shared the cake.",
     " Mia helped Ben.",  # a stranger
-    " Mia helped the bear.",
-    " Mia helped Mia.",  # one being in both roles
+    " The boy helped Mia.",
     " Mia helped the fox.",
+    " Mia helped Mia.",  # one being in both roles
+    " Mia helped the girl.",
     " The owl gave the kite to Tom.",
     " Mia gave the drum to Tom.",
     " Mia helped Tom near the sea.",
@@ -80,7 +81,7 @@ INCONSISTENT = [
     " Mia helped her.",
     " Mia ran to Tom and hugged her.",
     " Soon, Tom lost his way. He helped Tom.",
-    " She helped the fox.",
+    " She helped the girl.",
     " He helped him.",
     " Tom told the owl that he was wise.",
     " Mia told Tom that she was kind.",  # the grammar praises the listener
@@ -111,7 +112,7 @@ def test_inconsistent_texts_fail(story: str) -> None:
 
 def test_the_two_checks_are_independent() -> None:
     assert is_well_formed(PROMPT, " Zoe helped Ben.") and not is_consistent(PROMPT, " Zoe helped Ben.")
-    assert is_consistent(PROMPT, " Mia the fox and Tom.") and not is_well_formed(PROMPT, " Mia the fox and Tom.")
+    assert is_consistent(PROMPT, " The girl and Tom.") and not is_well_formed(PROMPT, " The girl and Tom.")
 
 
 def test_any_prompt_and_any_type_is_answered() -> None:
@@ -170,10 +171,10 @@ def test_corruptions_are_caught(sampled: list[tuple[str, str]]) -> None:
         cast = toyworld.read_prompt(prompt)
         assert cast is not None
         stranger = next(name for name in toywords.FEMALE_NAMES if name not in (cast.hero.name, cast.friend.name))
-        beast = next(animal for animal in toywords.ANIMALS if animal not in (cast.hero.animal, cast.friend.animal))
+        beast = next(animal for animal in toywords.ANIMALS if animal not in (cast.hero.noun, cast.friend.noun))
         for word in (cast.hero.name, cast.friend.name):
             assert not is_consistent(prompt, story.replace(word, stranger)) or word not in story
-        for word in (cast.hero.animal, cast.friend.animal):
+        for word in (cast.hero.noun, cast.friend.noun):
             assert not is_consistent(prompt, story.replace("the " + word, "the " + beast)) or "the " + word not in story
         if "the " + cast.thing in story:
             assert not is_consistent(prompt, story.replace(cast.thing, "drum" if cast.thing != "drum" else "book"))
@@ -190,7 +191,7 @@ def test_wrong_pronouns_are_caught_in_every_shape() -> None:
     for story, right, wrong in [
         (" Soon, Mia hurt her leg.", "her", "his"),
         (" When Tom saw Mia, he helped her.", "he ", "she "),
-        (" Tom told the fox that she was wise.", "she", "he"),
+        (" Tom told the girl that she was wise.", "she", "he"),
         (" Soon, Mia lost her way. She was pushed by Tom.", "She", "He"),
         (" Mia went home to the lake with a song on her lips.", "her", "his"),
     ]:
@@ -247,10 +248,10 @@ def test_deed_depends_on_who_did_it_to_whom() -> None:
     assert _deed(" Tom helped Mia.") == 1
     assert _deed(" Tom pushed Mia.") == -1
     assert _deed(" Mia pushed Tom.") == -2
-    assert _deed(" The fox helped the owl.") == 2
+    assert _deed(" The girl helped the owl.") == 2
     assert _deed(" Tom was helped by Mia.") == 2  # passive: the order of the names is turned round
     assert _deed(" Mia was kicked by the owl.") == -1
-    assert _deed(" It was Tom who blamed the fox.") == -1
+    assert _deed(" It was Tom who blamed the girl.") == -1
     assert _deed(" Soon, Tom lost his way. He was freed by Mia.") == 2  # through a pronoun
     assert _deed(" Soon, Tom lost his way. He freed her.") == 1
     assert _deed(" Soon, Mia lost her way. When she saw the owl, she teased him.") == -2

@@ -171,6 +171,9 @@ def test_two_continuations_of_one_prefix_do_not_see_each_other():
     a, grown = model(ids(1, 3, seed=1), cache=cache, input_not_include_cache=True, return_intermediates=True)
     b = model(ids(1, 3, seed=2), cache=cache, input_not_include_cache=True)
     assert torch.equal(a, model(ids(1, 3, seed=1), cache=cache, input_not_include_cache=True)) and not torch.equal(a, b)
+    _, other = model(ids(1, 3, seed=2), cache=cache, input_not_include_cache=True, return_intermediates=True)
+    close(model(ids(1, 2, seed=3), cache=other, input_not_include_cache=True),
+          model(torch.cat((ids(1, 5), ids(1, 3, seed=2), ids(1, 2, seed=3)), 1))[:, 8:])
     assert cache.length == 5 and all(torch.equal(x, y) for x, y in zip(keys, cache.keys, strict=True))
     close(model(ids(1, 2, seed=3), cache=grown, input_not_include_cache=True),
           model(torch.cat((ids(1, 5), ids(1, 3, seed=1), ids(1, 2, seed=3)), 1))[:, 8:])
@@ -384,7 +387,7 @@ def test_training_wrapper_all_ignored_is_zero_and_not_nan():
     assert wrapped(ids(2, 1)) == 0  # nothing to predict
 
 
-@pytest.mark.parametrize("left, right", [(0, 3), (3, 0), (2, 2)])
+@pytest.mark.parametrize("left, right", [(0, 3), (3, 0), (2, 2), (30, 30)])
 @pytest.mark.parametrize("name", ["llama", "defaults", "alibi"])
 def test_training_wrapper_masked_pads_do_not_count(name, left, right):
     """trap, Training wrapper: pads count in x-transformers' loss unless they are -100."""

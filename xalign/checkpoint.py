@@ -49,9 +49,11 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
         if path.exists():
             path.rename(old)
         temporary.rename(path)
-        shutil.rmtree(old, ignore_errors=True)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if old.exists() and not path.exists():
+            old.rename(path)
+        for leftover in (temporary, old):
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _network(model: nn.Module) -> TransformerWrapper:
@@ -67,15 +69,22 @@ def save_pretrained(model: nn.Module, path: str | os.PathLike, tokenizer: Tokeni
     network = _network(model)
     with atomic_folder(path) as folder:
         config, tensors = hf.to_hf(network, tokenizer)
-        save_file({k: v.detach().contiguous() for k, v in tensors.items()}, folder / WEIGHTS, metadata={"format": "pt"})
         write_atomically(folder / CONFIG, json.dumps(config, indent=2) + "\n")
+        try:
+            save_file({k: v.detach().contiguous() for k, v in tensors.items()}, folder / WEIGHTS, metadata={"format": "pt"})
+        except SafetensorError as error:  # its way to say that the disk is full
+            raise CheckpointError(f"{path} can't be written ({error})") from error
+        (folder / WEIGHTS).chmod((folder / CONFIG).stat().st_mode)  # safetensors lets only the owner read
         ends = {k: config[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id") if config[k] is not None}
         write_atomically(folder / "generation_config.json", json.dumps(ends, indent=2) + "\n")
         if tokenizer is not None:
             tokenizer.save(folder)
         if state is not None:
             (folder / STATE).parent.mkdir()
-            torch.save(state, folder / STATE)
+            try:
+                torch.save(state, folder / STATE)
+            except RuntimeError as error:  # torch's way
+                raise CheckpointError(f"{path} can't be written ({str(error).splitlines()[0]})") from error
 
 
 def load_state(path: str | os.PathLike) -> dict[str, Any]:
@@ -94,17 +103,21 @@ def load_pretrained(path: str | os.PathLike, dtype: str | torch.dtype | None = N
     missing or unknown ones, and values that are not finite.
     """
     folder = Path(path)
+    wanted = hf.torch_dtype(dtype)
     if not (folder / CONFIG).is_file():
         raise CheckpointError(f"{path}: no {CONFIG} there, allowed is a folder in Hugging Face layout")
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        model, names = hf.from_hf(config, str(folder / CONFIG))
+        with torch.device("meta"):  # no memory, no draws: the file's tensors take these places
+            model, names = hf.from_hf(config, str(folder / CONFIG))
+    except CheckpointError:
+        raise
     except json.JSONDecodeError as error:
         raise CheckpointError(f"{folder / CONFIG}:{error.lineno}: no JSON ({error.msg})") from error
-    except (KeyError, TypeError, AttributeError) as error:
+    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RuntimeError) as error:
         raise CheckpointError(f"{folder / CONFIG}: missing or wrong field ({error})") from error
     load_weights(model, folder / WEIGHTS, names)
-    return model.to(device=device, dtype=hf.torch_dtype(dtype)).eval(), load_tokenizer(folder)
+    return model.to(device=device, dtype=wanted or model.token_emb.weight.dtype).eval(), load_tokenizer(folder)
 
 
 def load_weights(model: nn.Module, path: Path, names: dict[str, str]) -> None:
@@ -118,13 +131,17 @@ def load_weights(model: nn.Module, path: Path, names: dict[str, str]) -> None:
                     more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
                     raise CheckpointError(f"{path}: {problem} tensor {min(keys)}{more}")
             tensors = {name: file.get_tensor(key) for name, key in names.items()}
-    except (SafetensorError, FileNotFoundError) as error:
+    except CheckpointError:
+        raise
+    except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: can't be read as safetensors ({error})") from error
     for name, parameter in model.state_dict().items():
         tensor = tensors[name]
         if tensor.shape != parameter.shape:
             raise CheckpointError(f"{path}: {names[name]} has shape {tuple(tensor.shape)}, allowed is the shape that "
                                   f"{CONFIG} gives, {tuple(parameter.shape)}")
+        if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+            raise CheckpointError(f"{path}: {names[name]} is {tensor.dtype}, allowed is float32, bfloat16 or float16")
         if not bool(tensor.isfinite().all()):
             raise CheckpointError(f"{path}: {names[name]} holds values that are not finite (NaN or infinity)")
     model.load_state_dict(tensors, assign=True)

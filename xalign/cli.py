@@ -6,7 +6,7 @@ from typing import Any
 
 from xalign.errors import ConfigError, XalignError, nearest
 
-SHORT = {"-p": "--prompt"}
+SHORT = {"-p": "--prompt", "-n": "--n"}
 
 
 def _dpo(arguments: Sequence[str], program: str) -> None:

@@ -7,12 +7,11 @@ from pathlib import Path
 
 from xalign.backends.base import SamplingParams
 from xalign.backends.native import NativeBackend
-from xalign.checkpoint import load_pretrained
 from xalign.config import GenerateConfig, PromptOptions
 from xalign.data.records import Message, Text
 from xalign.data.sources import read_prompts
-from xalign.errors import ConfigError
-from xalign.stages import choose_device, prompt_text
+from xalign.errors import ConfigError, DataError
+from xalign.stages import choose_device, load_model, prompt_text
 
 
 def run_generate(config: GenerateConfig) -> None:
@@ -20,9 +19,7 @@ def run_generate(config: GenerateConfig) -> None:
     options, draw = config.prompt, config.sampling
     params = SamplingParams(**{name: getattr(draw, name) for name in SamplingParams.__dataclass_fields__})
     prompts = [as_prompt(p, options) for p in gather(options)]
-    model, tokenizer = load_pretrained(options.model, draw.dtype, choose_device(draw.device))
-    if tokenizer is None:
-        raise ConfigError(f"{options.model}: there is no tokenizer in this folder, allowed is a folder with one")
+    model, tokenizer = load_model(options.model, draw.dtype, choose_device(draw.device))
     backend = NativeBackend(model, tokenizer, draw.batch_size)
     if len(prompts) == 1 and params.n == params.beams == 1 and not options.json:
         for piece in backend.stream(prompts[0], params):
@@ -50,7 +47,10 @@ def gather(options: PromptOptions) -> Iterator[Text]:
     else:
         if sys.stdin.isatty():
             print("reading a prompt from standard input, end with Ctrl-D (or use --prompt)", file=sys.stderr)
-        yield sys.stdin.read().rstrip("\n")
+        try:
+            yield sys.stdin.read().rstrip("\n")
+        except UnicodeDecodeError as error:
+            raise DataError(f"standard input is not UTF-8 ({error.reason} at byte {error.start})") from None
 
 
 def as_prompt(prompt: Text, options: PromptOptions) -> Text:

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import io
 import json
+import math
 import re
 import sys
 from collections.abc import Sequence
@@ -18,6 +19,16 @@ from typing import Any, Literal, TypeVar
 from xalign.errors import ConfigError, nearest
 
 C = TypeVar("C")
+FREE = ("--prompt", "--system")  # flags whose value is any text
+# the least and the largest value of a setting; those of the loss and of the draws are told by their own modules
+LIMITS: dict[str, tuple[float, float]] = {
+    **dict.fromkeys(("dim", "depth", "heads", "kv_heads", "vocab_size", "batch_size", "sft_batch_size",
+                     "gradient_accumulation_steps", "eval_prompts", "eval_samples", "eval_max_new_tokens"), (1, math.inf)),
+    **dict.fromkeys(("learning_rate", "sft_learning_rate", "num_train_epochs", "sft_epochs"), (1e-12, math.inf)),
+    **dict.fromkeys(("warmup_steps", "sft_warmup_steps", "weight_decay", "max_grad_norm", "logging_steps", "eval_steps",
+                     "save_steps", "dataset_weights", "seed"), (0, math.inf)),
+    "max_length": (2, math.inf), "max_seq_len": (2, math.inf), "dropout": (0, 0.999), "max_steps": (-1, math.inf),
+}
 
 
 @dataclass(frozen=True)
@@ -275,7 +286,7 @@ def parse(kind: type[C], arguments: Sequence[str], program: str, short: dict[str
 
     default = kind()
     known = flatten(default)
-    arguments = [_normal(a, short or {}) for a in arguments]
+    arguments = _normal(arguments, short or {}, known)
     print_config = "--print-config" in arguments
     arguments = [a for a in arguments if a != "--print-config"]
     arguments = _config_file(arguments, known)
@@ -289,32 +300,56 @@ def parse(kind: type[C], arguments: Sequence[str], program: str, short: dict[str
     refused = io.StringIO()
     try:
         with contextlib.redirect_stderr(refused):
-            config = tyro.cli(kind, args=arguments, default=default, prog=program, config=(tyro.conf.OmitArgPrefixes,),
-                              description=_description(kind))
+            config = tyro.cli(kind, args=arguments, default=default, prog=program, description=_description(kind),
+                              config=(tyro.conf.OmitArgPrefixes, tyro.conf.UseAppendAction))
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
         raise ConfigError(_one_line(refused.getvalue())) from None
     for name, value in flatten(config).items():
-        if isinstance(value, (str, Path)) and "\0" in str(value):
-            raise ConfigError(f"--{name.replace('_', '-')} holds a NUL character")
+        _check("--" + name.replace("_", "-"), value, LIMITS.get(name))
     if print_config:
         print(json.dumps(flatten(config), indent=2))
         sys.exit(0)
     return config
 
 
+def _check(flag: str, value: Any, limits: tuple[float, float] | None) -> None:
+    for one in value if isinstance(value, tuple) else (value,):
+        if isinstance(one, str) and ("\0" in one or one != one.encode("utf-8", "replace").decode()):
+            raise ConfigError(f"{flag} holds a character that no text has ({one!a})")
+        low, high = (-math.inf, math.inf) if limits is None else limits
+        if isinstance(one, int | float) and not (low <= one <= high and math.isfinite(one)):
+            bounds = f" >= {low}" * (low > -math.inf) + f" and <= {high}" * (high < math.inf)
+            raise ConfigError(f"{flag} is {one}, allowed is a finite number{bounds}")
+    if flag == "--max-steps" and value == 0:
+        raise ConfigError("--max-steps is 0, allowed is -1 (as the epochs give) or at least 1")
+
+
 def _description(kind: type) -> str:
     return f"{kind.__doc__} Besides: --config FILE takes settings from a JSON file, --print-config shows them as one."
 
 
-def _normal(argument: str, short: dict[str, str]) -> str:
-    if argument in short:
-        return short[argument]
-    if argument.startswith("--"):
-        flag, equals, value = argument.partition("=")
-        return flag.replace("_", "-") + equals + value
-    return argument
+def _normal(arguments: Sequence[str], short: dict[str, str], known: dict[str, Any]) -> list[str]:
+    """Long flags with `-`; `--stop a b` as `--stop=a --stop=b`; a prompt may begin with dashes if it isn't a flag."""
+    normal: list[str] = []
+    several, empty = "", set()  # the flag whose values are being read, and those that have none yet
+    for argument in arguments:
+        flag, equals, value = short.get(argument, argument).partition("=")
+        name = flag[2:].replace("-", "_")
+        is_flag = flag.startswith("--") and (name in known or not name.startswith((" ", "_")))
+        if normal and normal[-1] in FREE and not is_flag:
+            normal[-1] += f"={argument}"
+        elif is_flag:
+            several = flag.replace("_", "-") if isinstance(known.get(name), tuple) and not equals else ""
+            empty |= {several} - {""}
+            normal += [] if several else [flag.replace("_", "-") + equals + value]
+        else:
+            empty -= {several}
+            normal.append(f"{several}={argument}" if several else argument)
+    if empty:
+        raise ConfigError(f"{min(empty)} needs a value")
+    return normal
 
 
 def _config_file(arguments: list[str], known: dict[str, Any]) -> list[str]:
@@ -328,6 +363,8 @@ def _config_file(arguments: list[str], known: dict[str, Any]) -> list[str]:
             rest.append(argument)
             continue
         file = value or next(pending, "")
+        if not file:
+            raise ConfigError("--config needs a JSON file")
         try:
             values = json.loads(Path(file).read_text(encoding="utf-8"))
         except OSError as error:
@@ -340,14 +377,20 @@ def _config_file(arguments: list[str], known: dict[str, Any]) -> list[str]:
             name = name.replace("-", "_")
             if name not in known:
                 raise ConfigError(f"--config {file}: no setting {name!r}{nearest(name, known)}")
-            flags += _as_flags(name.replace("_", "-"), setting)
-    return flags + rest
+            if isinstance(setting, bool) != isinstance(known[name], bool):
+                allowed = "true or false" if isinstance(known[name], bool) else "neither true nor false"
+                raise ConfigError(f"--config {file}: {name} is {json.dumps(setting)}, allowed is {allowed}")
+            if isinstance(setting, dict | list) and not (isinstance(known[name], tuple) and isinstance(setting, list)):
+                raise ConfigError(f"--config {file}: {name} is {json.dumps(setting)}, allowed is a single value")
+            flags += _as_flags("--" + name.replace("_", "-"), setting)
+    given = {argument.partition("=")[0] for argument in rest}
+    return [f for f in flags if f.partition("=")[0] not in given] + rest
 
 
-def _as_flags(name: str, setting: Any) -> list[str]:
+def _as_flags(flag: str, setting: Any) -> list[str]:
     if isinstance(setting, bool):
-        return [f"--{name}" if setting else f"--no-{name}"]
-    return [f"--{name}", *(str(v) for v in (setting if isinstance(setting, list) else [setting]))]
+        return [flag if setting else f"--no-{flag[2:]}"]
+    return [f"{flag}={value}" for value in (setting if isinstance(setting, list) else [setting])]
 
 
 def _one_line(box: str) -> str:

@@ -146,8 +146,8 @@ class DPO(nn.Module):
         reference's summed log-probabilities (b,) of both sides where they are known already.
         Raises `ValueError` for a row without response tokens.
         """
-        batch = {"prompt_mask": prompt_mask, "preferred_seq_mask": preferred_seq_mask,
-                 "unpreferred_seq_mask": unpreferred_seq_mask}
+        batch: dict[str, Any] = {"prompt_mask": prompt_mask, "preferred_seq_mask": preferred_seq_mask,
+                                 "unpreferred_seq_mask": unpreferred_seq_mask}
         chosen, rejected, n_chosen, n_rejected = self.logps(self.policy_model, preferred_seq, unpreferred_seq, **batch)
         ref_chosen = ref_rejected = None
         if ref_logps is not None:

@@ -76,10 +76,13 @@ def from_hf(config: dict[str, Any], where: str) -> tuple[TransformerWrapper, dic
         return model, {k: k for k in model.state_dict()}
     if family != "llama":
         raise CheckpointError(f"{where}: model_type is {family!r}, allowed is 'llama' or 'xalign'")
-    rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        raise CheckpointError(f"{where}: rope type is {kind!r}, allowed is 'default'")
+    spellings = [config.get("rope_scaling") or {}, config.get("rope_parameters") or {}]
+    for kind in (rope.get("rope_type", rope.get("type", "default")) for rope in spellings):
+        if kind != "default":
+            raise CheckpointError(f"{where}: rope type is {kind!r}, allowed is 'default'")
+    bases = {b for b in (config.get("rope_theta"), *(rope.get("rope_theta") for rope in spellings)) if b is not None}
+    if len(bases) > 1:
+        raise CheckpointError(f"{where}: rope_theta is {min(bases)} in one place and {max(bases)} in another")
     if config.get("hidden_act", "silu") != "silu":
         raise CheckpointError(f"{where}: hidden_act is {config['hidden_act']!r}, allowed is 'silu'")
     heads, dim = config["num_attention_heads"], config["hidden_size"]
@@ -88,7 +91,7 @@ def from_hf(config: dict[str, Any], where: str) -> tuple[TransformerWrapper, dic
         dim=dim, depth=config["num_hidden_layers"], heads=heads, attn_dim_head=config.get("head_dim") or dim // heads,
         attn_kv_heads=config.get("num_key_value_heads", heads), attn_dropout=config.get("attention_dropout", 0.0),
         attn_flash=True, attn_qkv_bias=bias, attn_out_bias=bias, rotary_pos_emb=True,
-        rotary_base=rope.get("rope_theta", config.get("rope_theta", 10000.0)), use_rmsnorm=True,
+        rotary_base=min(bases, default=10000.0), use_rmsnorm=True,
         norm_eps=config.get("rms_norm_eps", 1e-6), ff_inner_dim=config["intermediate_size"], ff_glu=True, ff_swish=True,
         ff_no_bias=not config.get("mlp_bias", False))
     model = TransformerWrapper(num_tokens=config["vocab_size"], max_seq_len=config.get("max_position_embeddings", 2048),

@@ -35,10 +35,13 @@ def scored_logprobs(model: nn.Module, tokens: Tensor, loss_mask: Tensor, mask: T
     `loss_mask` (b, n) is True on tokens to score and `mask` (b, n) on real ones (None: all). Padding may lie
     anywhere and have any id. A row's first real token has nothing before it and is never scored.
     """
+    n = tokens.shape[1]
     if mask is not None:
         mask, tokens, loss_mask = compact(mask.bool(), tokens, loss_mask.bool())
-        tokens, loss_mask = tokens.masked_fill(~mask, 0), loss_mask & mask
-    return token_logprobs(model(tokens), tokens), loss_mask[:, 1:].bool()
+        longest = max(1, int(mask.sum(1).max()))  # further right all is padding, which costs nothing and fills no window
+        tokens, loss_mask = tokens.masked_fill(~mask, 0)[:, :longest], loss_mask & mask
+    logps = token_logprobs(model(tokens), tokens)
+    return F.pad(logps, (0, n - tokens.shape[1])), loss_mask[:, 1:].bool()
 
 
 def sequence_logprobs(model: nn.Module, tokens: Tensor, loss_mask: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import math
 import os
 import re
 import secrets
@@ -14,12 +15,13 @@ from typing import IO, Any
 from torch import nn
 
 from xalign.checkpoint import load_pretrained, load_state, save_pretrained, write_atomically
-from xalign.errors import CheckpointError
+from xalign.errors import CheckpointError, XalignError
 from xalign.nn.transformer import TransformerWrapper
 from xalign.tokenizers import Tokenizer
 
 KEPT_CHECKPOINTS = 2  # the newest, and the one before in case the newest is damaged
-CONFIG, METRICS, SAMPLES, LATEST = "config.json", "metrics.jsonl", "samples.jsonl", "latest"
+CONFIG, METRICS, SAMPLES, LATEST, LOCK = "config.json", "metrics.jsonl", "samples.jsonl", "latest", ".lock"
+LEFTOVER = re.compile(r"\..+\.\d+\.(tmp|old)")  # what a killed process leaves of an atomic write
 
 
 class RunFolder:
@@ -30,32 +32,52 @@ class RunFolder:
         self.wandb: Any = None
         self._lock: IO | None = None
 
+    def __enter__(self) -> "RunFolder":
+        return self
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        """Give the folder back; a run that failed before it wrote anything leaves no trace."""
+        self.finish()
+        if self._lock is None:
+            return
+        if kind is not None and self.path.is_dir() and {p.name for p in self.path.iterdir()} <= {CONFIG, LOCK}:
+            shutil.rmtree(self.path)
+        self._lock.close()
+
     def claim(self, config: dict[str, Any], overwrite: bool = False) -> None:
-        """Take the folder for this process, until it ends, and for this configuration.
+        """Take the folder for this process, until it ends, and for this configuration, which names its "program".
 
         Raises `CheckpointError` if a live process holds it, if its configuration is another one (`overwrite` starts it
         anew), or if it holds something else. The same configuration resumes.
         """
         old = self.path / CONFIG
-        if self.path.exists() and not self.path.is_dir():
-            raise CheckpointError(f"{self.path} is a file, allowed is a new folder or one that xalign made")
-        if self.path.is_dir() and not old.exists() and any(p.name != ".lock" for p in self.path.iterdir()):
-            raise CheckpointError(f"{self.path} holds files but no {CONFIG}, allowed is a new folder or one that xalign made")
         try:
+            if self.path.exists() and not self.path.is_dir():
+                raise CheckpointError(f"{self.path} is a file, allowed is a new folder or a run's")
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.path / ".lock", "w")  # noqa: SIM115  held, hence locked, as long as the process lives
+            before = read_json(old) if old.exists() else {}
+            # a model's folder has a config.json too, and --overwrite must not take it for a run
+            if not (isinstance(before, dict) and "program" in before) and any(p.name != LOCK for p in self.path.iterdir()):
+                raise CheckpointError(f"{self.path} holds files but no run, allowed is a new folder or a run's")
+            lock = open(self.path / LOCK, "w")  # noqa: SIM115  held, hence locked, as long as the process lives
+        except CheckpointError:
+            raise
         except OSError as error:
             raise CheckpointError(f"{self.path} can't be written ({error.strerror})") from error
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            lock.close()
             raise CheckpointError(f"{self.path} is in use by another process, allowed is one at a time") from None
+        self._lock = lock
+        for leftover in (p for p in (*self.path.glob(".*"), *self.path.glob("*/.*")) if LEFTOVER.fullmatch(p.name)):
+            _remove(leftover)
         if overwrite:
+            write_atomically(old, json.dumps({"program": "half overwritten"}))  # a kill from here on leaves no mixture
             for entry in self.path.iterdir():
-                if entry.name != ".lock":
-                    shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-        elif old.exists():
-            before = read_json(old)
+                if entry.name not in (LOCK, CONFIG):
+                    _remove(entry)
+        elif before:
             for key in sorted({*before, *config}):
                 if before.get(key) != config.get(key):
                     raise CheckpointError(
@@ -74,12 +96,12 @@ class RunFolder:
     def log(self, file: str, record: dict[str, Any], prefix: str = "") -> None:
         """Append a record to `metrics.jsonl` or `samples.jsonl`, and metrics to wandb where it is on."""
         with open(self.path / file, "a", encoding="utf-8") as f:
-            f.write(json.dumps(record, ensure_ascii=False) + "\n")
+            f.write(json.dumps(strict(record), ensure_ascii=False) + "\n")
         if self.wandb is not None and file == METRICS:
             self.wandb.log({prefix + k: v for k, v in record.items()})
 
     def rewind(self, step: int) -> None:
-        """Forget log lines after `step`, and a last line that was cut off: the resumed run writes them again."""
+        """Forget log lines after `step` (-1: all), and a last line that was cut off: the resumed run writes them again."""
         for file in (METRICS, SAMPLES):
             path = self.path / file
             if path.exists():
@@ -105,8 +127,8 @@ class RunFolder:
         for folder in self.checkpoints():
             try:
                 return load_pretrained(folder)[0], load_state(folder)
-            except CheckpointError as error:
-                print(f"warning: {error}; going back to the checkpoint before", file=sys.stderr)
+            except XalignError as error:
+                print(f"warning: {error}; going back to what was before {folder.name}", file=sys.stderr)
         return None
 
     def start_wandb(self, name: str, config: dict[str, Any]) -> None:
@@ -141,8 +163,21 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return list(_whole_lines(path))
 
 
+def strict(value: Any) -> Any:
+    """Values as JSON knows them: None for a number that is not finite."""
+    if isinstance(value, dict):
+        return {k: strict(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [strict(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
 def _whole_lines(path: Path) -> Iterator[dict[str, Any]]:
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_bytes().split(b"\n"):  # str.splitlines would cut at U+2028 too
         try:
             yield json.loads(line)
         except ValueError:

@@ -82,7 +82,7 @@ def top_k(logits: Tensor, frac_num_tokens: float = 0.1, k: int | Tensor | None =
     else:
         rows = k.to(logits.device).nan_to_num(nan=v).clamp(1, v).long()
         k = rows[..., None] if rows.ndim else rows
-        ordered = _descending_ranks(x).values
+        ordered, _ = _descending_ranks(x)
         border = ordered.gather(-1, (k - 1).expand(*x.shape[:-1], 1))
     above, level = x > border, x == border
     room = k - above.sum(-1, keepdim=True)

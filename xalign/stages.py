@@ -16,7 +16,7 @@ from xalign.data.chat_template import DEFAULT_TEMPLATE, ROLE_MARKERS
 from xalign.data.collate import EncodedExample, Schedule, TruncationReport, collate_examples, encode_example, truncate_example
 from xalign.data.records import Example, PreferencePair, Text
 from xalign.data.sources import ReadReport, pair_to_example, read_examples, read_pairs
-from xalign.errors import ConfigError, DataError
+from xalign.errors import CheckpointError, ConfigError, DataError
 from xalign.logprobs import scored_logprobs
 from xalign.nn.decoding import evaluating
 from xalign.nn.transformer import Decoder, TransformerWrapper
@@ -37,7 +37,7 @@ def say(text: str) -> None:
 def choose_device(name: str | None) -> torch.device:
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(1, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"--device {name}: not usable here ({str(error).splitlines()[0]})") from error
     return device
@@ -101,11 +101,21 @@ def scratch_model(options: ModelOptions, vocab_size: int, seed: int) -> Transfor
                               emb_dropout=options.dropout, attn_layers=layers)
 
 
-def load_model(path: str, run: RunOptions, device: torch.device) -> tuple[TransformerWrapper, Tokenizer]:
-    model, tokenizer = load_pretrained(path, dtype=run.dtype, device=device)
+def load_model(path: str, dtype: str | None, device: torch.device) -> tuple[TransformerWrapper, Tokenizer]:
+    """A model with its tokenizer, whose ids it knows."""
+    model, tokenizer = load_pretrained(path, dtype, device)
     if tokenizer is None:
         raise ConfigError(f"{path}: there is no tokenizer in this folder, allowed is a folder with one")
+    if tokenizer.vocab_size > model.num_tokens:
+        raise CheckpointError(f"{path}: the tokenizer has {tokenizer.vocab_size} ids, the model embeds only {model.num_tokens}")
     return model, tokenizer
+
+
+def window(max_length: int, model: TransformerWrapper) -> int:
+    """Tokens that a record may have: `max_length`, or the model's positions where they are fewer."""
+    if max_length > model.max_seq_len:
+        say(f"records are cut to the model's {model.max_seq_len} positions (--max-length is {max_length})")
+    return min(max_length, model.max_seq_len)
 
 
 def encode_examples(examples: Sequence[Example], tokenizer: Tokenizer, max_length: int, mode: Any) -> list[EncodedExample]:
@@ -138,10 +148,8 @@ def loop_options(training: TrainingOptions, run: RunOptions, **changes: Any) -> 
 
 
 def count_steps(per_epoch: int, epochs: float, max_steps: int = -1) -> int:
-    steps = max_steps if max_steps >= 0 else round(per_epoch * epochs)
-    if steps < 1:
-        raise ConfigError(f"{steps} training steps, allowed is at least one (see --max-steps and --num-train-epochs)")
-    return steps
+    """Optimizer steps of a training, at least one."""
+    return max_steps if max_steps > 0 else max(1, round(per_epoch * epochs))
 
 
 def micro_batches(order: Schedule, size: int, collate: Callable[[list[int]], Any]) -> Callable[[int], list[Any]]:
@@ -185,9 +193,6 @@ def show_record(tokenizer: Tokenizer, ids: Sequence[int], scored: Sequence[bool]
 
 
 
-
 def prompt_text(prompt: Text) -> str:
     """A prompt as a person reads it."""
     return prompt if isinstance(prompt, str) else "\n".join(f"{m.role}: {m.content}" for m in prompt)
-
-

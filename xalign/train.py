@@ -9,14 +9,24 @@ import torch.nn as nn
 
 from xalign.checkpoint import load_pretrained, save_pretrained
 from xalign.config import DPOConfig, SFTConfig, flatten
-from xalign.data.collate import EncodedPair, Schedule, TruncationReport, collate_pairs, encode_pair, mixture, truncate_pair
-from xalign.data.records import PreferencePair
+from xalign.data.collate import (
+    EncodedPair,
+    Schedule,
+    TruncationMode,
+    TruncationReport,
+    collate_pairs,
+    encode_pair,
+    mixture,
+    truncate_pair,
+)
+from xalign.data.records import Example, PreferencePair
 from xalign.data.sources import read_examples
 from xalign.dpo import DPO
 from xalign.errors import ConfigError, DataError, Diverged
 from xalign.evaluation.compare import compare, quick
 from xalign.evaluation.metrics import pairs_logps, sample
 from xalign.evaluation.report import write_report
+from xalign.hf import torch_dtype
 from xalign.nn.transformer import TransformerWrapper
 from xalign.objectives import Preference
 from xalign.runs import SAMPLES, RunFolder
@@ -38,6 +48,7 @@ from xalign.stages import (
     scratch_tokenizer,
     sft_loop,
     show_record,
+    window,
 )
 from xalign.tokenizers import Tokenizer
 from xalign.training import autocast, train
@@ -56,9 +67,21 @@ def claim(config: Any, program: str) -> RunFolder:
         raise ConfigError("--resume and --overwrite are both given, allowed is one of them")
     settings = {"program": program, **{k: v for k, v in flatten(config).items() if k not in VOLATILE}}
     folder.claim({k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}, run.overwrite)
-    if run.report_to == "wandb":
-        folder.start_wandb(run.run_name or folder.path.name, settings)
     return folder
+
+
+def check(config: Any) -> None:
+    """Refuse before anything is read or trained what could only fail after it."""
+    if not config.model.model:
+        with torch.device("meta"):
+            scratch_model(config.model, config.model.vocab_size, 0)
+    if isinstance(config, DPOConfig):
+        preference(config, nn.Identity())
+
+
+def start_reporting(config: Any, run: RunFolder) -> None:
+    if config.run.report_to == "wandb":
+        run.start_wandb(config.run.run_name or run.path.name, flatten(config))
 
 
 def parameter_count(model: nn.Module) -> int:
@@ -70,12 +93,13 @@ def parameter_count(model: nn.Module) -> int:
 
 def run_sft(config: SFTConfig) -> None:
     """`xalign sft`: tokenizer and model from scratch, or --model, trained on text; ends in <folder>/policy."""
+    check(config)
     data, training = config.data, config.training
     files = data.dataset or (str(EMBEDDED / "corpus.txt"),)
     if data.dataset_weights and len(data.dataset_weights) != len(files):
         raise ConfigError(f"--dataset-weights has {len(data.dataset_weights)} numbers for {len(files)} files, allowed is "
                           "one each")
-    device = choose_device(config.run.device)
+    device, dtype = choose_device(config.run.device), config.run.dtype
     sets = [read_examples(file, every_turn=True) for file in files]
     weights = data.dataset_weights or (1.0,) * len(sets)
     rows = [sets[i][j] for i, j in mixture([len(s) for s in sets], weights, training.seed, 0)]
@@ -84,26 +108,29 @@ def run_sft(config: SFTConfig) -> None:
     else:
         rows, held_out = hold_out(rows, lambda e: f"{e.prompt}{e.completion}", 20, training.seed)
     if config.model.model:
-        model, tokenizer = load_model(config.model.model, config.run, device)
+        model, tokenizer = load_model(config.model.model, dtype, device)
     else:
         tokenizer = scratch_tokenizer((t for e in rows for t in (e.prompt, e.completion) if t), config.model.vocab_size)
-        model = scratch_model(config.model, tokenizer.vocab_size, training.seed).to(device)
-    examples = encode_examples(rows, tokenizer, data.max_length, data.truncation_mode)
+        model = scratch_model(config.model, tokenizer.vocab_size, training.seed).to(device, torch_dtype(dtype))
+    max_length = window(data.max_length, model)
+    examples = encode_examples(rows, tokenizer, max_length, data.truncation_mode)
     if config.run.dry_run:
         print(f"{parameter_count(model):,} parameters, {tokenizer.vocab_size:,} pieces; first of {len(examples):,} records:")
         print(show_record(tokenizer, examples[0].ids, examples[0].loss_mask))
         return
-    run = claim(config, "sft")
-    if (run.path / "policy").exists():
-        say(f"{run.path} is finished: the model is in {run.path / 'policy'} (--overwrite trains it anew)")
-        return
-    model.attn_layers.gradient_checkpointing = training.gradient_checkpointing
-    held = encode_examples(held_out, tokenizer, data.max_length, data.truncation_mode)
-    imitate(model, tokenizer, examples, held, run, loop_options(training, config.run), batch_size=training.batch_size,
-            accumulation=training.gradient_accumulation_steps, epochs=training.num_train_epochs, max_steps=training.max_steps)
-    save_pretrained(model, run.path / "policy", tokenizer)
-    run.finish()
-    print(run.path / "policy")
+    held = encode_examples(held_out, tokenizer, max_length, data.truncation_mode)
+    with claim(config, "sft") as run:
+        policy = run.path / "policy"
+        if policy.exists():
+            say(f"{run.path} is finished (--overwrite trains it anew); the model is in")
+        else:
+            start_reporting(config, run)
+            model.attn_layers.gradient_checkpointing = training.gradient_checkpointing
+            imitate(model, tokenizer, examples, held, run, loop_options(training, config.run),
+                    batch_size=training.batch_size, accumulation=training.gradient_accumulation_steps,
+                    epochs=training.num_train_epochs, max_steps=training.max_steps)
+            save_pretrained(model, policy, tokenizer)
+        print(policy)
 
 
 # -- preferences ----------------------------------------------------------------------------------------------------
@@ -111,27 +138,37 @@ def run_sft(config: SFTConfig) -> None:
 
 def run_dpo(config: DPOConfig) -> None:
     """`train_dpo.py`: (tokenizer and SFT,) reference, DPO, evaluation, report; every finished stage is kept."""
-    started = time.time()
+    check(config)
     device = choose_device(config.run.device)
     pairs, held_out, examples = preference_data(config.data, config.training.seed)
     if config.run.dry_run:
-        return dry_run(config, pairs, device)
-    run = claim(config, "dpo")
-    report = run.path / "report.md"
-    if report.exists():
-        say(f"{run.path} is finished; --overwrite runs it anew. From its report:")
-        print(report.read_text(encoding="utf-8").split("## Samples")[0].strip())
-        return
+        return dry_run(config, pairs, examples, device)
+    with claim(config, "dpo") as run:
+        report = run.path / "report.md"
+        if report.exists():
+            say(f"{run.path} is finished; --overwrite runs it anew. From its report:")
+            print(report.read_text(encoding="utf-8").split("## Samples")[0].strip())
+        else:
+            start_reporting(config, run)
+            print(prefer(config, run, pairs, held_out, examples, device))
+            say(f"report: {report}")
 
+
+def prefer(config: DPOConfig, run: RunFolder, pairs: list[PreferencePair], held_out: list[PreferencePair],
+           examples: list[Example], device: torch.device) -> str:
+    """All stages in a run folder; gives the table of the report."""
+    started = time.time()
+    given = load_model(config.loss.ref_model, config.run.dtype, device) if config.loss.ref_model else None
     policy, tokenizer = base_model(config, run, examples, device)
+    if given is not None and not same_ids(given[1], tokenizer, pairs):
+        raise ConfigError(f"--ref-model {config.loss.ref_model} has another tokenizer than the policy, allowed is the same")
     untrained = None
     if not config.model.model:
         untrained = scratch_model(config.model, tokenizer.vocab_size, config.training.seed).to(device)
-    reference = load_model(config.loss.ref_model, config.run, device)[0] if config.loss.ref_model else None
-    dpo = DPO(policy, beta=config.loss.beta, ref_model=reference, loss=config.loss.loss_type,
-              label_smoothing=config.loss.label_smoothing)
-    train_pairs = encode_pairs(pairs, tokenizer, config, "train")
-    eval_pairs = encode_pairs(held_out, tokenizer, config, "held out")
+    dpo = preference(config, policy, given[0] if given is not None else None)
+    max_length = window(config.data.max_length, policy)
+    train_pairs = encode_pairs(pairs, tokenizer, max_length, config.data.truncation_mode, "train")
+    eval_pairs = encode_pairs(held_out, tokenizer, max_length, config.data.truncation_mode, "held out")
     if not (run.path / "policy").exists():
         align(config, run, dpo, tokenizer, train_pairs, eval_pairs, held_out)
         save_pretrained(policy, run.path / "policy", tokenizer)
@@ -143,20 +180,35 @@ def run_dpo(config: DPOConfig) -> None:
                      seed=config.training.seed)
     result.numbers["seconds"] = round(time.time() - started, 1)
     title = f"{config.loss.loss_type} on {config.data.dataset or 'the toy world'}"
-    table = write_report(run.path, title, result, flatten(config))
-    run.finish()
-    print(table)
-    say(f"report: {report}")
+    return write_report(run.path, title, result, flatten(config))
 
 
-def dry_run(config: DPOConfig, pairs: list[PreferencePair], device: torch.device) -> None:
+def preference(config: DPOConfig, policy: nn.Module, reference: nn.Module | None = None) -> DPO:
+    """The loss module; raises `ConfigError` for settings that the loss does not allow."""
+    loss = config.loss
+    return DPO(policy, beta=loss.beta, ref_model=reference, loss=loss.loss_type, label_smoothing=loss.label_smoothing)
+
+
+def same_ids(one: Tokenizer, other: Tokenizer, pairs: list[PreferencePair]) -> bool:
+    """Whether two tokenizers agree, judged by their size and the beginning of the data."""
+    first = [encode_pair(p, t) for t in (one, other) for p in pairs[:20]]
+    return one.vocab_size == other.vocab_size and first[: len(first) // 2] == first[len(first) // 2 :]
+
+
+def from_scratch(config: DPOConfig, examples: list[Example], device: torch.device) -> tuple[TransformerWrapper, Tokenizer]:
+    tokenizer = scratch_tokenizer((t for e in examples for t in (e.prompt, e.completion) if t), config.model.vocab_size)
+    model = scratch_model(config.model, tokenizer.vocab_size, config.training.seed)
+    return model.to(device, torch_dtype(config.run.dtype)), tokenizer
+
+
+def dry_run(config: DPOConfig, pairs: list[PreferencePair], examples: list[Example], device: torch.device) -> None:
     """Show one rendered, tokenised and masked pair, and the parameter count."""
     if config.model.model:
-        model, tokenizer = load_model(config.model.model, config.run, device)
+        model, tokenizer = load_model(config.model.model, config.run.dtype, device)
     else:
-        tokenizer = scratch_tokenizer((t for p in pairs for t in (p.prompt, p.chosen) if t), config.model.vocab_size)
-        model = scratch_model(config.model, tokenizer.vocab_size, config.training.seed)
-    encoded = encode_pairs(pairs, tokenizer, config, "train")
+        model, tokenizer = from_scratch(config, examples, device)
+    max_length = window(config.data.max_length, model)
+    encoded = encode_pairs(pairs, tokenizer, max_length, config.data.truncation_mode, "train")
     print(f"{parameter_count(model):,} parameters, {tokenizer.vocab_size:,} pieces, {len(encoded):,} pairs; the first:")
     for side in ("chosen", "rejected"):
         prompt, completion = encoded[0].prompt, getattr(encoded[0], side)
@@ -164,33 +216,35 @@ def dry_run(config: DPOConfig, pairs: list[PreferencePair], device: torch.device
         print(show_record(tokenizer, prompt + completion, [False] * len(prompt) + [True] * len(completion)))
 
 
-def base_model(config: DPOConfig, run: RunFolder, examples: list, device: torch.device) -> tuple[TransformerWrapper, Tokenizer]:
+def base_model(config: DPOConfig, run: RunFolder, examples: list[Example],
+               device: torch.device) -> tuple[TransformerWrapper, Tokenizer]:
     """The model before alignment, kept in <run>/reference: --model, or one trained on `examples` from scratch."""
     saved = run.path / "reference"
     if not saved.exists():
         if config.model.model:
-            model, tokenizer = load_model(config.model.model, config.run, device)
+            model, tokenizer = load_model(config.model.model, config.run.dtype, device)
         else:
             say("training a tokenizer and a model from scratch")
-            tokenizer = scratch_tokenizer((t for e in examples for t in (e.prompt, e.completion) if t), config.model.vocab_size)
-            model = scratch_model(config.model, tokenizer.vocab_size, config.training.seed).to(device)
+            model, tokenizer = from_scratch(config, examples, device)
             say(f"{parameter_count(model):,} parameters, {tokenizer.vocab_size:,} pieces")
-            encoded = encode_examples(examples, tokenizer, config.data.max_length, "keep_start")
+            model.attn_layers.gradient_checkpointing = config.training.gradient_checkpointing
+            encoded = encode_examples(examples, tokenizer, window(config.data.max_length, model), "keep_start")
             imitate(model, tokenizer, encoded[len(encoded) // 40 :], encoded[: len(encoded) // 40], run.part("sft"),
                     sft_loop(config.sft, config.training, config.run), batch_size=config.sft.sft_batch_size,
                     epochs=config.sft.sft_epochs)
         save_pretrained(model, saved, tokenizer)
-    return load_model(str(saved), config.run, device)
+    return load_model(str(saved), config.run.dtype, device)
 
 
-def encode_pairs(pairs: list[PreferencePair], tokenizer: Tokenizer, config: DPOConfig, name: str) -> list[EncodedPair]:
+def encode_pairs(pairs: list[PreferencePair], tokenizer: Tokenizer, max_length: int, mode: TruncationMode,
+                 name: str) -> list[EncodedPair]:
     """Tokenise and truncate pairs, and say what that cost."""
     report = TruncationReport()
-    cut = [truncate_pair(encode_pair(p, tokenizer), config.data.max_length, config.data.truncation_mode, report) for p in pairs]
+    cut = [truncate_pair(encode_pair(p, tokenizer), max_length, mode, report) for p in pairs]
     encoded = [p for p in cut if p is not None]
     say(f"{name} pairs: {report}")
     if not encoded:
-        raise DataError(f"no pair is left after truncation to {config.data.max_length} tokens ({report})")
+        raise DataError(f"no pair is left after truncation to {max_length} tokens ({report})")
     return encoded
 
 

@@ -73,7 +73,7 @@ class Window:
             self.sums[key] = (total + weight * value, count + weight)
 
     def means(self) -> dict[str, float]:
-        means, self.sums = {k: total / count for k, (total, count) in self.sums.items()}, {}
+        means, self.sums = {k: total / count if count else 0.0 for k, (total, count) in self.sums.items()}, {}
         return means
 
 
@@ -98,7 +98,7 @@ def train(model: nn.Module, objective: Objective, batches: Callable[[int], Seque
         torch.set_rng_state(state["rng"])
         first, window = state["step"], Window(state["window"])
         print(f"{title}: resumed after step {first} of {total_steps}", file=sys.stderr)
-    run.rewind(first)
+    run.rewind(first if restored is not None else -1)
 
     def save(step: int) -> str:
         state = {"step": step, "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state(), "window": window.sums}
@@ -148,6 +148,6 @@ def train(model: nn.Module, objective: Objective, batches: Callable[[int], Seque
             if (options.save_steps and done % options.save_steps == 0) or last or signals:
                 saved = save(done)
             bar.update()
-            if signals and not last:
+            if signals:
                 raise Interrupted(f"{title}: stopped after step {done} of {total_steps}, all is saved in {saved}; "
                                   "the same command goes on from there")

@@ -37,9 +37,9 @@ class NativeBackend:
                 rows = order[at : at + size]
                 stops = sorted({s for i in rows for s in rendered[i].stops})
                 tokens, logps = self._tokens([rendered[i].ids for i in rows], rows, stops, params)
-                sums = [[None] * params.n for _ in rows] if logps is None else logps.sum(-1).tolist()
-                for i, texts, row_sums in zip(rows, tokens.tolist(), sums, strict=True):
-                    results[i] = [self._completion(t, s, stops, params) for t, s in zip(texts, row_sums, strict=True)]
+                for row, i in enumerate(rows):
+                    results[i] = [self._completion(text, None if logps is None else logps[row, n], stops, params)
+                                  for n, text in enumerate(tokens[row].tolist())]
                 bar.update(len(rows))
         return results
 
@@ -56,27 +56,44 @@ class NativeBackend:
         tokens, logps = self.wrapper.generate(prompts, params.max_new_tokens, return_logprobs=True, **options)
         return (tokens, logps) if params.n > 1 else (tokens[:, None], logps[:, None])
 
-    def _completion(self, tokens: list[int], logps: float | None, stops: list[int], params: SamplingParams) -> Completion:
-        end = next((i for i, t in enumerate(tokens) if t in stops), None)
-        body = tokens if end is None else tokens[:end]
-        used = len(tokens) if end is None else end + 1
-        cutter = StopStrings(params.stop)
-        text = self.tokenizer.decode(body)
-        text = cutter.push(text) + cutter.flush()
-        stopped = end is not None or cutter.stopped is not None
-        return Completion(text, tuple(tokens[:used]), "stop" if stopped else "length", logps)
+    def _completion(self, tokens: list[int], logps: Tensor | None, stops: list[int], params: SamplingParams) -> Completion:
+        reader = _Reader(self.tokenizer, stops, params.stop)
+        text, used = "", 0
+        while used < len(tokens) and not reader.ended:
+            text += reader.push(tokens[used])
+            used += 1
+        text += reader.flush()
+        return Completion(text, tuple(tokens[:used]), "stop" if reader.ended else "length",
+                          None if logps is None else float(logps[:used].sum()))
 
     def stream(self, prompt: Text, params: SamplingParams) -> Iterator[str]:
         """The text of one completion in pieces as they come; stop strings and unfinished characters never show."""
         rendered = render_prompt(self.tokenizer, prompt)
-        characters, cutter = Utf8Stream(), StopStrings(params.stop)
+        reader = _Reader(self.tokenizer, rendered.stops, params.stop)
         options: dict[str, Any] = {name: getattr(params, name) for name in DRAWING}
         seeds = None if params.seed is None else sampling.row_keys(params.seed, 1)
         steps = self.wrapper.stream([torch.tensor(rendered.ids)], params.max_new_tokens, rendered.stops, seed=seeds, **options)
         for step in steps:
-            if int(step) in rendered.stops:
+            yield reader.push(int(step))
+            if reader.ended:
                 break
-            yield cutter.push(characters.push(self.tokenizer.decode_bytes([int(step)])))
-            if cutter.stopped is not None:
-                return
-        yield cutter.push(characters.flush()) + cutter.flush()
+        yield reader.flush()
+
+
+class _Reader:
+    """Tokens one by one to the text that is safe to show; `ended` once a stop token or a stop string is complete."""
+
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[int], strings: Sequence[str]):
+        self.tokenizer, self.stops = tokenizer, stops
+        self.characters, self.cutter, self.ended = Utf8Stream(), StopStrings(strings), False
+
+    def push(self, token: int) -> str:
+        if token in self.stops:
+            self.ended = True
+            return ""
+        text = self.cutter.push(self.characters.push(self.tokenizer.decode_bytes([token])))
+        self.ended = self.cutter.stopped is not None
+        return text
+
+    def flush(self) -> str:
+        return self.cutter.push(self.characters.flush()) + self.cutter.flush()

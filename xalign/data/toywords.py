@@ -6,9 +6,10 @@ A sentence shape is a string with slots in braces:
 - `{deed±}` the same, drawn from the kind half (`deed+`) or the unkind half (`deed-`) of the class;
 - `{thing}`, `{place}` the noun that the prompt introduced;
 - `{A:form}`, `{B:form}` a mention of the one who acts (A) and of the other one (B), in one of these forms:
-  `s` subject (name, "the fox", or he/she; written only for the one who was the last sentence's subject),
-  `o` object (name, "the fox", or him/her), `n` name or "the fox", `name` the name alone,
-  `he`, `him`, `his`, `self` a pronoun that must agree.
+  `s` subject (Tom, the owl, or he/she; that is written only for the one who was the last sentence's subject),
+  `o` object (Tom, the owl, or him/her), `n` Tom or the owl, `name` the name alone, in prompts `child` (girl, boy) and
+  `animal`,
+  `he`, `him`, `his` a pronoun that must agree.
 
 Shapes are written in lower case; the first letter is raised when a sentence is written. Words of the first five
 tables appear in no other table, so that a foreign name, animal, thing or place is seen anywhere in a text.
@@ -33,9 +34,9 @@ PROMPT_WORDS = {
     "day": ["morning", "evening", "rainy day", "sunny day", "windy day", "winter day", "summer day", "spring morning"],
 }
 PROMPT_SHAPES = [
-    "once a {adjective} {A:animal} called {A:name} lived {lived}.",
-    "{lived} lived a {adjective} {A:animal} called {A:name}.",
-    "there once was a {adjective} {A:animal} called {A:name} {lived}.",
+    "{lived} lived a {adjective} {A:child} called {A:name}.",
+    "once a {adjective} {A:child} called {A:name} lived {lived}.",
+    "there once was a {adjective} {A:child} called {A:name} who lived {lived}.",
 ], [
     "one {day} {A:he} and {B:name} the {B:animal} found a {thing}.",
     "one {day} {A:he} showed {B:name} the {B:animal} a {thing}.",

@@ -2,8 +2,8 @@
 
 A **prompt** introduces a hero, a friend, a thing and a place; a **story** goes on from it, beginning with one space:
 
-    By the lake lived a shy fox called Mia. One morning she and Tom the owl found a kite.
-     Soon, Tom got stuck in the mud. When Mia saw Tom, she helped him. ... From then on, Mia and the owl were never apart.
+    By the lake lived a shy girl called Mia. One morning she and Tom the owl found a kite.
+     Soon, the owl got stuck in the mud. When Mia saw Tom, she helped him. ... In the end, the girl was glad.
 
 The same shapes (`toywords`) are used to write and to read: each is compiled to a pattern, a sentence is parsed into who
 did what to whom, and pronouns are resolved (of hero and friend one is female and one male, so none is ambiguous). So
@@ -33,9 +33,9 @@ REWARD_RANGE = (-8.0, 5.0)
 LABEL_SCALE = 1.0  # P(a preferred to b) = sigmoid(LABEL_SCALE * (gold(a) - gold(b)))
 
 _NAMES = FEMALE_NAMES + MALE_NAMES
-_PRONOUNS = {"he": ("he", "she"), "him": ("him", "her"), "his": ("his", "her"), "self": ("himself", "herself")}
-_FEMALE_WORDS, _MALE_WORDS = {"she", "her", "herself"}, {"he", "him", "his", "himself"}
-_INTRODUCED = {*_NAMES, *ANIMALS, *THINGS, *PLACES} | _FEMALE_WORDS | _MALE_WORDS  # words that a prompt must justify
+_PRONOUNS = {"he": ("he", "she"), "him": ("him", "her"), "his": ("his", "her")}
+_FEMALE_WORDS, _MALE_WORDS = {"she", "her"}, {"he", "him", "his"}
+_INTRODUCED = {*_NAMES, "girl", "boy", *ANIMALS, *THINGS, *PLACES} | _FEMALE_WORDS | _MALE_WORDS
 _SLOT = re.compile(r"\{([^{}]+)\}")
 _WORD = re.compile(r"[^\W\d_]+")
 _Mention = tuple[str, str, str]  # role, form, words; a noun has role and form "thing" or "place"
@@ -45,17 +45,17 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class Being:
-    """The hero or the friend."""
+    """The hero, a girl or a boy, or the friend, an animal."""
 
     name: str
-    animal: str
+    noun: str
 
     @property
     def female(self) -> bool:
         return self.name in FEMALE_NAMES
 
     def pronoun(self, form: str) -> str:
-        """`form` is one of he, him, his, self."""
+        """`form` is one of he, him, his."""
         return _PRONOUNS[form][self.female]
 
 
@@ -100,17 +100,19 @@ def _signed(shapes: Iterable[str]) -> list[tuple[str, int]]:
 
 def _pattern(shape: str, words: Mapping[str, Sequence[str]]) -> _Pattern:
     groups: list[tuple[str, str]] = []
-    beings = _NAMES + ["the " + animal for animal in ANIMALS]
-    forms = {"s": [*beings, "he", "she"], "o": [*beings, "him", "her"], "n": beings, "name": _NAMES, "animal": ANIMALS}
-    nouns = {"thing": THINGS, "place": list(PLACES), "lived": list(PLACES.values())}
+    name, animal = "|".join(_NAMES), "|".join(ANIMALS)
+    being = f"{name}|the (?:{animal}|girl|boy)"
+    forms = {"s": being + "|he|she", "o": being + "|him|her", "n": being, "name": name, "animal": animal}
+    forms["child"] = "boy|girl"
+    forms |= {form: "|".join(pronouns) for form, pronouns in _PRONOUNS.items()}
+    nouns = {"thing": "|".join(THINGS), "place": "|".join(PLACES), "lived": "|".join(PLACES.values())}
 
     def slot(name: str) -> str:
         role, _, form = name.partition(":")
         if not form and name not in nouns:
             return "(?:" + "|".join(fill(option) for option in words[name]) + ")"
         groups.append((role, form or name))
-        options = nouns.get(name) or forms.get(form) or _PRONOUNS[form]
-        return "(" + "|".join(map(re.escape, options)) + ")"
+        return f"({nouns.get(name) or forms[form]})"
 
     def fill(text: str) -> str:
         pieces = _SLOT.split(text)  # literal, slot, literal, slot, ..., literal
@@ -196,19 +198,19 @@ def _read_prompt(prompt: str) -> Cast | None:
             return None
         found.extend(mentions)
     first = {(role, form): words for role, form, words in reversed(found)}
-    hero = Being(first["A", "name"], first["A", "animal"])
+    hero = Being(first["A", "name"], first["A", "child"])
     friend = Being(first["B", "name"], first["B", "animal"])
     place = next(noun for noun, lived in PLACES.items() if lived == first["lived", "lived"])
     beings = {"A": hero, "B": friend}
     agree = all(words == beings[role].pronoun(form) for role, form, words in found if form in _PRONOUNS)
-    if not agree or hero.female == friend.female or hero.animal == friend.animal:
+    if not agree or hero.female == friend.female or hero.female != (hero.noun == "girl"):
         return None
     return Cast(hero, friend, first["thing", "thing"], place)
 
 
 def _fits(words: str, being: Being) -> bool:
     own = _FEMALE_WORDS if being.female else _MALE_WORDS
-    return words in own or words in (being.name, "the " + being.animal)
+    return words in own or words in (being.name, "the " + being.noun)
 
 
 def read_story(prompt: str, story: str) -> list[Reading]:
@@ -251,7 +253,7 @@ def is_consistent(prompt: str, story: str) -> bool:
     if cast is None or not isinstance(story, str):
         return False
     beings = (cast.hero, cast.friend)
-    own = {being.name for being in beings} | {being.animal for being in beings} | {cast.thing, cast.place}
+    own = {being.name for being in beings} | {being.noun for being in beings} | {cast.thing, cast.place}
     own |= _FEMALE_WORDS | _MALE_WORDS  # one of the two is female, the other male
     agreements = 0
     for word in _WORD.findall(story):
@@ -344,9 +346,9 @@ def _write(shape: str, words: Mapping[str, Sequence[str]], rng: Random, slot: Ca
 
 def sample_prompt(rng: Random) -> str:
     """Draw a prompt: two sentences, no space at either end."""
-    hero = Being(_pick(rng, _NAMES), _pick(rng, ANIMALS))
-    others = [animal for animal in ANIMALS if animal != hero.animal]
-    friend = Being(_pick(rng, MALE_NAMES if hero.female else FEMALE_NAMES), _pick(rng, others))
+    girl = rng.random() < 0.5
+    hero = Being(_pick(rng, FEMALE_NAMES if girl else MALE_NAMES), "girl" if girl else "boy")
+    friend = Being(_pick(rng, MALE_NAMES if girl else FEMALE_NAMES), _pick(rng, ANIMALS))
     nouns = {"thing": _pick(rng, THINGS), "lived": _pick(rng, list(PLACES.values()))}
 
     def slot(name: str) -> str:
@@ -354,7 +356,7 @@ def sample_prompt(rng: Random) -> str:
         if not form:
             return nouns[name]
         being = hero if role == "A" else friend
-        return {"name": being.name, "animal": being.animal}.get(form) or being.pronoun(form)
+        return being.pronoun(form) if form in _PRONOUNS else being.name if form == "name" else being.noun
 
     return " ".join(_write(_pick(rng, shapes), PROMPT_WORDS, rng, slot) for shapes in PROMPT_SHAPES)
 
@@ -392,7 +394,7 @@ def sample_story(prompt: str, rng: Random) -> str:
                 return being.pronoun("him")
             if form in _PRONOUNS:
                 return being.pronoun(form)
-            return being.name if form == "name" or chance < 0.6 else "the " + being.animal
+            return being.name if form == "name" or chance < 0.65 else "the " + being.noun
 
         return _write(shape, WORDS, rng, slot)
 

@@ -44,9 +44,10 @@ def estimate(sums: Sequence[float], counts: Sequence[float] | None = None,
     """
     s = np.asarray(sums, dtype=np.float64)
     c = np.ones_like(s) if counts is None else np.asarray(counts, dtype=np.float64)
-    rows = np.random.default_rng(seed).integers(0, len(s), (RESAMPLES, len(s)))
+    draw = np.random.default_rng(seed)
+    resampled = [s[rows].sum() / c[rows].sum() for rows in (draw.integers(0, len(s), len(s)) for _ in range(RESAMPLES))]
     value = float(transform(s.sum() / c.sum()))
-    low, high = np.quantile(transform(s[rows].sum(1) / c[rows].sum(1)), (0.025, 0.975))
+    low, high = np.quantile(transform(np.array(resampled)), (0.025, 0.975))
     return Estimate(value, float(low), float(high))
 
 

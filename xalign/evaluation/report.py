@@ -8,7 +8,7 @@ from typing import Any
 from xalign.checkpoint import write_atomically
 from xalign.data.records import Text
 from xalign.evaluation.compare import Comparison
-from xalign.runs import METRICS, read_jsonl
+from xalign.runs import METRICS, read_jsonl, strict
 
 MODELS = ("untrained", "reference", "policy")
 SHOWN = 10
@@ -16,7 +16,7 @@ SHOWN = 10
 
 def write_report(folder: Path, title: str, result: Comparison, settings: dict[str, Any]) -> str:
     """Write evaluation.json, the pictures and report.md (last, so that its presence means all is there); give the table."""
-    write_atomically(folder / "evaluation.json", json.dumps(result.numbers, indent=2) + "\n")
+    write_atomically(folder / "evaluation.json", json.dumps(strict(result.numbers), indent=2) + "\n")
     table = _table(result)
     pictures = draw(folder, result)
     notes = [f"{len(result.prompts):,} held-out prompts; temperature 1, unfiltered. In brackets: 95 % intervals, by bootstrap "
@@ -60,9 +60,9 @@ def _prose(text: Text) -> str:
     """Text for one Markdown line: a quoted model must not make headings, links or tables of ours."""
     whole = text if isinstance(text, str) else " ".join(f"[{m.role}] {m.content}" for m in text)
     clean = " ".join(whole.split())
-    for mark in "\\`*_[]<>|#":
+    for mark in "\\`*_[]<>|#~$&":
         clean = clean.replace(mark, "\\" + mark)
-    return clean
+    return clean.replace("://", "\\://").replace("www.", "www\\.")
 
 
 def draw(folder: Path, result: Comparison) -> list[tuple[str, str]]:

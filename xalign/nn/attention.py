@@ -171,7 +171,7 @@ class Attention(nn.Module):
         if context.bias is not None and context.bias.dtype != torch.bool:
             # a half-precision bias could not tell distant positions apart, so ALiBi attends in fp32
             with torch.autocast(q.device.type, enabled=False):
-                qkv = (t.float() for t in (q, k, v))
-                return F.scaled_dot_product_attention(*qkv, context.bias, dropout, enable_gqa=gqa).to(q.dtype)
+                out = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), context.bias, dropout, enable_gqa=gqa)
+                return out.to(q.dtype)
         with nullcontext() if self.flash else sdpa_kernel(SDPBackend.MATH):
             return F.scaled_dot_product_attention(q, k, v, context.bias, dropout, context.causal, enable_gqa=gqa)

@@ -63,13 +63,13 @@ class AutoregressiveWrapper(nn.Module):
         sampled = locals()
         options = {k: v for k, v in sampled.items() if k not in ("self", "beams", "length_penalty", "return_logprobs")}
         if beams != 1:
-            defaults = self.generate.__kwdefaults__ | {"temperature": 1.0, "filter_logits_fn": None}
+            defaults = {**(self.generate.__kwdefaults__ or {}), "temperature": 1.0, "filter_logits_fn": None}
             for name in ("temperature", "filter_logits_fn", "top_k", "top_p", "min_p", "repetition_penalty", "num_samples",
                          "stop", "seed", "generator", "return_logprobs"):
                 if isinstance(sampled[name], Tensor) or sampled[name] != defaults[name]:
                     raise ValueError(f"beams is {beams} and {name} is given, allowed is one of them")
             return self.beam_search(prompts, seq_len, beams, eos_token, length_penalty, prompt_lens, cache_kv=cache_kv)
-        with evaluating(self.net):
+        with evaluating(self.net), torch.no_grad():
             steps = list(self._sample(**options))
         single = isinstance(prompts, Tensor) and prompts.ndim == 1
         if not steps:
@@ -92,7 +92,7 @@ class AutoregressiveWrapper(nn.Module):
         single = isinstance(prompts, Tensor) and prompts.ndim == 1
         steps = self._sample(prompts, seq_len, eos_token, temperature, num_samples=num_samples, check_every=1, **options)
         while True:
-            with evaluating(self.net):
+            with evaluating(self.net), torch.no_grad():
                 step = next(steps, None)
             if step is None:
                 return
@@ -104,7 +104,6 @@ class AutoregressiveWrapper(nn.Module):
         t = t if samples > 1 else t[:, 0]
         return t[0] if single else t
 
-    @torch.no_grad()
     def _sample(self, prompts: Prompts, seq_len: int, eos_token: Ends = None, temperature: Number = 1.0,
                 prompt_lens: Tensor | Sequence[int] | None = None, filter_logits_fn: Any = None,
                 filter_kwargs: dict | Sequence[dict] = {}, cache_kv: bool = True, *,  # noqa: B006
@@ -112,7 +111,10 @@ class AutoregressiveWrapper(nn.Module):
                 repetition_penalty: Number = 1.0, num_samples: int = 1, stop: Sequence[Sequence[int]] | None = None,
                 seed: int | Tensor | None = None, generator: torch.Generator | None = None,
                 check_every: int | None = None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Steps of (tokens, logps, live), each (b, s); `live` is True where the token belongs to the row."""
+        """Steps of (tokens, logps, live), each (b, s); `live` is True where the token belongs to the row.
+
+        The caller takes each step in eval mode under no_grad, so that a reader between two steps has its own modes.
+        """
         device = self.net.token_emb.weight.device
         padded, lengths = left_padded(prompts, prompt_lens, device)
         b, s = len(lengths), _whole("num_samples", num_samples, 1)
@@ -157,9 +159,9 @@ class AutoregressiveWrapper(nn.Module):
     @staticmethod
     def _chain(options: dict[str, Any], filters: list[Callable], rows: int, device: torch.device) -> Callable:
         """One function (logits, state) -> filtered logits, in the documented order; bad numbers are told here."""
-        steps = [(name, getattr(sampling, name), options[name], unchanged) for name, unchanged in
-                 (("temperature", 1.0), ("top_k", None), ("top_p", None), ("min_p", None))]
-        steps = [(n, f, v) for n, f, v, unchanged in steps if isinstance(v, Tensor) or v != unchanged]
+        order = (("temperature", 1.0), ("top_k", None), ("top_p", None), ("min_p", None))
+        steps = [(getattr(sampling, name), _ARGUMENT[name], options[name]) for name, unchanged in order
+                 if isinstance(options[name], Tensor) or options[name] != unchanged]
         penalty = options["repetition_penalty"]
         probe = torch.zeros(rows, 2, device=device)
         sampling.repetition_penalty(probe, probe.long(), penalty)
@@ -168,8 +170,8 @@ class AutoregressiveWrapper(nn.Module):
             if state is not None and (isinstance(penalty, Tensor) or penalty != 1):
                 end = state.end
                 logits = sampling.repetition_penalty(logits, state.text[:, :end], penalty, state.real[:, :end])
-            for name, function, value in steps:
-                logits = function(logits, **{_ARGUMENT[name]: value})
+            for function, argument, value in steps:
+                logits = function(logits, **{argument: value})
             for function in filters if state is not None else ():
                 logits = function(logits)
             return logits
