@@ -25,7 +25,7 @@ WRAPPER = {"num_tokens", "max_seq_len", "emb_dropout", "use_abs_pos_emb", "tie_e
 def tiny(seed: int = 0, sharp: float = 5.0, **options) -> TransformerWrapper:
     """A random two-layer model in eval mode; options go to whichever class knows them.
 
-    Weights are `sharp` times larger than an untrained model's, so that attention and logits are far from flat.
+    Weights are N(0, .02 sharp), whatever the model's own initialisation, so that attention and logits are far from flat.
     """
     torch.manual_seed(seed)
     outer = {"num_tokens": 17, "max_seq_len": 32} | {k: v for k, v in options.items() if k in WRAPPER}
@@ -38,7 +38,7 @@ def tiny(seed: int = 0, sharp: float = 5.0, **options) -> TransformerWrapper:
             elif name.endswith("bias"):
                 parameter.add_(0.1 * torch.randn_like(parameter))
             else:
-                parameter.mul_(sharp)
+                parameter.normal_(std=0.02 * sharp)
     return model.eval()
 
 

@@ -21,7 +21,7 @@ GOOD = [  # (prompt, story), well-formed and consistent
     (PROMPT, " Soon, Tom hurt his leg. He was helped by Mia. Mia gave the kite to him. In the end, she felt happy."),
     (PROMPT, " The kite blew away, and the owl sighed. At once the girl teased Tom. Then they shared the kite."
              " From then on, the girl and Tom were friends no more."),
-    (PROMPT, ' Mia was resting near the lake when a storm came up. It was Tom who saved her near the lake. "Thank you,'
+    (PROMPT, ' Mia was resting near the lake when a storm came up. It was Tom who saved her again and again. "Thank you,'
              ' Tom!" said the girl. Tom was handed the kite by Mia. Mia went home to the lake with a big smile.'),
     (PROMPT, " At noon, a hungry wolf woke the girl. As soon as Tom saw Mia, he freed her. The birds sang near the lake."
              " Tom kept the kite from her. That night, they came back to the lake in silence."),
@@ -340,7 +340,7 @@ def test_pairs_are_held_out_different_and_noisy() -> None:
     assert 0.75 <= toyworld.preference_limit(test) <= 0.9
     right = sum(gold_reward(p["prompt"], p["chosen"]) > gold_reward(p["prompt"], p["rejected"]) for p in train)
     wrong = sum(gold_reward(p["prompt"], p["chosen"]) < gold_reward(p["prompt"], p["rejected"]) for p in train)
-    assert 0.78 < right / (right + wrong) < 0.9
+    assert 0.8 < right / (right + wrong) < 0.95
     with pytest.raises(ValueError, match="Hello"):
         toyworld.split_document("Hello.")
     with pytest.raises(ValueError, match="no pairs"):

@@ -394,11 +394,7 @@ def _as_flags(flag: str, setting: Any) -> list[str]:
 
 
 def _one_line(box: str) -> str:
-    """The message inside the box that tyro draws."""
-    lines = [re.sub(r"^[│|]\s?|\s*[│|]$", "", line).strip() for line in box.splitlines() if line[:1] in "│|"]
-    message = []
-    for line in lines:
-        if line.startswith("──"):
-            break
-        message.append(line)
-    return " ".join(message) or box.strip().replace("\n", " ")
+    """The message inside the box that tyro draws: its first part, or the second where the box is ASCII and has a title."""
+    lines = [line.strip("│ ") for line in box.splitlines() if line[:1] not in "╭╰"]
+    parts = re.split(r"\n[─-]+(?:\n|$)", "\n".join(lines))
+    return " ".join(parts[0 if "│" in box or len(parts) < 2 else 1].split())

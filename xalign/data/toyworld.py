@@ -30,7 +30,7 @@ from .toywords import ANIMALS, FEMALE_NAMES, MALE_NAMES, PLACES, PROMPT_SHAPES, 
 CORE_KINDS = ("trouble", "deed", "gift", "ending")  # every story has one of each; "words" and "scene" are extras
 MAX_SENTENCES = 6
 REWARD_RANGE = (-8.0, 5.0)
-LABEL_SCALE = 1.0  # P(a preferred to b) = sigmoid(LABEL_SCALE * (gold(a) - gold(b)))
+LABEL_SCALE = 1.2  # P(a preferred to b) = sigmoid(LABEL_SCALE * (gold(a) - gold(b)))
 
 _NAMES = FEMALE_NAMES + MALE_NAMES
 _PRONOUNS = {"he": ("he", "she"), "him": ("him", "her"), "his": ("his", "her")}
@@ -405,7 +405,7 @@ def sample_story(prompt: str, rng: Random) -> str:
     helper = beings[sufferer == cast.hero] if either(0.75) > 0 else sufferer
     sign = either(0.5)
     story = [sentence("trouble", sufferer, 0), sentence("deed", helper, sign)]
-    extra = _pick(rng, ("", "", "words", "words", "scene"))
+    extra = _pick(rng, ("", "", "", "words", "words", "scene"))
     at_end = rng.random() < 0.5
     if extra and not at_end:
         story.append(sentence(extra, _pick(rng, beings), either(0.5)))
