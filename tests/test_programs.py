@@ -569,7 +569,7 @@ def test_a_live_process_keeps_the_folder(toy, tmp_path, capsys):
     with subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT) as first:
         try:
             deadline = time.monotonic() + 60
-            while not (tmp_path / "run/checkpoint-4").exists() and time.monotonic() < deadline:
+            while not (tmp_path / "run/latest").exists() and time.monotonic() < deadline:
                 time.sleep(0.1)
             for extra in ([], ["--overwrite"]):
                 line = refused(capsys, "dpo", *command[2:], *extra)
@@ -580,6 +580,17 @@ def test_a_live_process_keeps_the_folder(toy, tmp_path, capsys):
         finally:
             first.kill()
     assert (tmp_path / "run/latest").exists() and not (tmp_path / "run/policy").exists()
+
+
+def test_wandb_without_a_login_is_refused(toy, tmp_path):
+    """And leaves nothing behind; with WANDB_MODE=offline the same command works (see test_training.py)."""
+    environment = {k: v for k, v in ENVIRONMENT.items() if not k.startswith("WANDB")} | {"HOME": str(tmp_path / "home")}
+    done = subprocess.run([sys.executable, ROOT / "train_dpo.py", "--config", toy / "tiny.json", "--output-dir", tmp_path / "run",
+                           "--report-to", "wandb"], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=120,
+                          stdin=subprocess.DEVNULL)
+    last = done.stderr.splitlines()[-1]
+    assert done.returncode == 2 and last.startswith("error: wandb can't start (") and "WANDB_MODE=offline" in last, done.stderr
+    assert not (tmp_path / "run").exists()
 
 
 # -- real preferences -----------------------------------------------------------------------------------------------

@@ -108,14 +108,13 @@ def test_first_loss_is_the_mean_over_scored_tokens(tmp_path):
 
 @pytest.mark.parametrize("kind", ["sft", "dpo"])
 def test_accumulation_changes_nothing(tmp_path, kind):
-    runs = {}
-    for size, accumulation in ((8, 1), (4, 2), (2, 4), (3, 3)):
-        if size * accumulation == 8:
-            runs[size] = fit(tmp_path / str(size), kind, size, accumulation, steps=6, logging_steps=1)
+    runs = {size: fit(tmp_path / str(size), kind, size, 8 // size, steps=6, logging_steps=1) for size in (8, 4, 2)}
     reference, lines = runs[8]
     for size in (4, 2):
         model, others = runs[size]
         for line, other in zip(lines, others, strict=True):
+            if line["step"] == 1:  # policy = reference: rounding alone decides who "wins"
+                line, other = ({k: v for k, v in r.items() if k != "rewards/accuracies"} for r in (line, other))
             assert line == pytest.approx(other, rel=2e-4, abs=2e-4)
         for (name, a), b in zip(reference.state_dict().items(), model.state_dict().values(), strict=True):
             assert torch.allclose(a, b, atol=3e-5), name
@@ -129,7 +128,7 @@ def test_the_mean_of_means_would_differ(tmp_path):
     objective = SFT(model)
     means, weights = [float(objective(b)[0].detach()) for b in halves], [objective.weight(b) for b in halves]
     whole = sum(m * w for m, w in zip(means, weights, strict=True)) / sum(weights)
-    assert abs(whole - sum(means) / 2) > 1e-2
+    assert abs(whole - sum(means) / 2) > 2e-3
 
 
 def test_a_step_without_scored_tokens_is_no_nan(tmp_path):

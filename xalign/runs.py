@@ -137,13 +137,13 @@ class RunFolder:
 
         identity = self.path / "wandb-id"
         run_id = identity.read_text().strip() if identity.exists() else secrets.token_hex(4)
-        write_atomically(identity, run_id + "\n")
         try:
             self.wandb = wandb.init(project="xalign", name=name, id=run_id, resume="allow", dir=self.path, config=config,
                                     settings=wandb.Settings(silent=True))
         except (wandb.errors.Error, OSError) as error:
             raise CheckpointError(f"wandb can't start ({str(error).splitlines()[0]}); allowed is a login, WANDB_MODE=offline, "
                                   "or --report-to none") from error
+        write_atomically(identity, run_id + "\n")
 
     def finish(self) -> None:
         if self.wandb is not None:
