@@ -585,9 +585,9 @@ def test_a_live_process_keeps_the_folder(toy, tmp_path, capsys):
 def test_wandb_without_a_login_is_refused(toy, tmp_path):
     """And leaves nothing behind; with WANDB_MODE=offline the same command works (see test_training.py)."""
     environment = {k: v for k, v in ENVIRONMENT.items() if not k.startswith("WANDB")} | {"HOME": str(tmp_path / "home")}
-    done = subprocess.run([sys.executable, ROOT / "train_dpo.py", "--config", toy / "tiny.json", "--output-dir", tmp_path / "run",
-                           "--report-to", "wandb"], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=120,
-                          stdin=subprocess.DEVNULL)
+    options = ["--config", toy / "tiny.json", "--output-dir", tmp_path / "run", "--report-to", "wandb"]
+    done = subprocess.run([sys.executable, ROOT / "train_dpo.py", *options], env=environment, cwd=ROOT, capture_output=True,
+                          text=True, timeout=120, stdin=subprocess.DEVNULL)
     last = done.stderr.splitlines()[-1]
     assert done.returncode == 2 and last.startswith("error: wandb can't start (") and "WANDB_MODE=offline" in last, done.stderr
     assert not (tmp_path / "run").exists()
