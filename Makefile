@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install -q --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo test test-slow lint bench clean
 
 demo: $(VENV)/.installed
 	$(RUN) train_dpo.py --config data/demo.json --output-dir runs/demo $(ARGS)
@@ -18,6 +18,9 @@ test-slow: $(VENV)/.installed-dev
 lint: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
+
+bench: $(VENV)/.installed-dev
+	$(RUN) benchmarks/bench.py $(ARGS)
 
 $(VENV)/.installed: setup.py constraints.txt
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)

@@ -162,8 +162,8 @@ def prefer(config: DPOConfig, run: RunFolder, pairs: list[PreferencePair], held_
     policy, tokenizer = base_model(config, run, examples, device)
     if given is not None and not same_ids(given[1], tokenizer, pairs):
         raise ConfigError(f"--ref-model {config.loss.ref_model} has another tokenizer than the policy, allowed is the same")
-    untrained = None
-    if not config.model.model:
+    untrained, gold_known = None, is_toy(p.prompt for p in held_out)
+    if gold_known and not config.model.model:
         untrained = scratch_model(config.model, tokenizer.vocab_size, config.training.seed).to(device)
     dpo = preference(config, policy, given[0] if given is not None else None)
     max_length = window(config.data.max_length, policy)
@@ -175,7 +175,7 @@ def prefer(config: DPOConfig, run: RunFolder, pairs: list[PreferencePair], held_
     else:
         policy.load_state_dict(load_pretrained(run.path / "policy", device=device)[0].state_dict())
     e = config.evaluation
-    result = compare(dpo, untrained, tokenizer, held_out, eval_pairs, gold_known=is_toy(p.prompt for p in held_out),
+    result = compare(dpo, untrained, tokenizer, held_out, eval_pairs, gold_known=gold_known,
                      prompts=e.eval_prompts, samples=e.eval_samples, max_new_tokens=e.eval_max_new_tokens,
                      seed=config.training.seed)
     result.numbers["seconds"] = round(time.time() - started, 1)

@@ -117,7 +117,7 @@ def draw(folder: Path, result: Comparison) -> list[tuple[str, str]]:
         shown = {m: [v for row in values[m] for v in row] for m in ("reference", "policy") if m in values}
         low, high = min(min(v) for v in shown.values()), max(max(v) for v in shown.values())
         for model, flat in shown.items():
-            axis.hist(flat, bins=40, range=(low, high + 1e-9), alpha=0.55, label=model, color=colours[model], density=True)
+            axis.hist(flat, bins=24, range=(low, high + 1e-9), alpha=0.55, label=model, color=colours[model], density=True)
             axis.axvline(sum(flat) / len(flat), color=colours[model], lw=1.5)
         axis.set(title=title, ylabel="density")
         axis.legend()
