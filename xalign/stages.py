@@ -56,8 +56,13 @@ def preference_data(options: PreferenceDataOptions,
     else:
         pairs, held_out = hold_out(pairs, lambda pair: str(pair.prompt), 10, seed)
         say(f"{len(held_out):,} pairs are held out for evaluation")
-    text_file = options.sft_dataset or (None if options.dataset else str(EMBEDDED / "corpus.txt"))
-    examples = read_examples(text_file, every_turn=True) if text_file else [pair_to_example(p, every_turn=True) for p in pairs]
+    if options.sft_dataset:
+        examples = read_examples(options.sft_dataset, every_turn=True)
+    elif options.dataset:
+        examples = [pair_to_example(p, every_turn=True) for p in pairs]
+    else:  # prompts are drawn at random, so learning them by heart would only take room
+        documents = read_examples(str(EMBEDDED / "corpus.txt"))
+        examples = [Example(*toyworld.split_document(str(d.completion)), d.where) for d in documents]
     return pairs, held_out, examples
 
 

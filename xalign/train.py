@@ -229,7 +229,8 @@ def base_model(config: DPOConfig, run: RunFolder, examples: list[Example],
             say(f"{parameter_count(model):,} parameters, {tokenizer.vocab_size:,} pieces")
             model.attn_layers.gradient_checkpointing = config.training.gradient_checkpointing
             encoded = encode_examples(examples, tokenizer, window(config.data.max_length, model), "keep_start")
-            imitate(model, tokenizer, encoded[len(encoded) // 40 :], encoded[: len(encoded) // 40], run.part("sft"),
+            held_out = min(len(encoded) // 40, 200)
+            imitate(model, tokenizer, encoded[held_out:], encoded[:held_out], run.part("sft"),
                     sft_loop(config.sft, config.training, config.run), batch_size=config.sft.sft_batch_size,
                     epochs=config.sft.sft_epochs)
         save_pretrained(model, saved, tokenizer)

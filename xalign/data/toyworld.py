@@ -427,7 +427,7 @@ def sample_pair(prompt: str, rng: Random) -> dict[str, str]:
 
 
 def write_dataset(
-    folder: str | Path, *, seed: int = 7, documents: int = 8_000, train_pairs: int = 4_000, test_pairs: int = 500
+    folder: str | Path, *, seed: int = 7, documents: int = 16_000, train_pairs: int = 4_000, test_pairs: int = 500
 ) -> None:
     """Write corpus.txt (one prompt + story a line), train.jsonl and test.jsonl into a folder, which is made if needed.
 
