@@ -64,7 +64,8 @@ def decode(depth: int, vocab: int, rows: int, steps: int, repeats: int) -> dict:
     seconds = interleaved({"xalign": lambda: us(steps), "transformers": lambda: peer(steps),
                            "xalign short": lambda: us(short), "transformers short": lambda: peer(short)}, repeats)
     ms = {name: 1e3 * (seconds[name] - seconds[f"{name} short"]) / (steps - short) for name in ("xalign", "transformers")}
-    return {"what": f"greedy step, {depth} x 512, V = {vocab}, B = {rows}", "ms": ms, "ratio": ms["transformers"] / ms["xalign"]}
+    what = f"greedy step, {depth} x 512, V = {vocab}, B = {rows}"
+    return {"what": what, "ms": ms, "ratio": ms["transformers"] / ms["xalign"]}
 
 
 def preference(depth: int, vocab: int, prompt: int, completion: int, pairs: int, repeats: int) -> dict:
