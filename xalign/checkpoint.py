@@ -19,6 +19,8 @@ from xalign.errors import CheckpointError
 from xalign.nn.transformer import TransformerWrapper
 from xalign.tokenizers import Tokenizer, load_tokenizer
 
+# what a checkpoint folder may hold: a folder with anything else is never replaced
+OWN = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.model", "tokenizer_config.json", "training"}
 WEIGHTS, CONFIG, STATE = "model.safetensors", "config.json", "training/state.pt"
 
 
@@ -39,8 +41,17 @@ def write_atomically(path: str | os.PathLike, data: str | bytes) -> None:
 @contextmanager
 def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
     """A folder to fill that appears under its name only when the block has ended well; it replaces an older one."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = Path(path).resolve()
+    foreign = sorted({p.name for p in path.iterdir()} - OWN) if path.is_dir() else []
+    if foreign or (path.exists() and not path.is_dir()):
+        what = f"holds {foreign[0]!r}, which is no part of a checkpoint" if foreign else "is a file"
+        raise CheckpointError(f"{path} {what}: allowed is a new folder, or a checkpoint's to replace")
+    if Path.cwd().is_relative_to(path):
+        raise CheckpointError(f"{path} is the working directory or above it, allowed is another folder")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"{path} can't be made ({error.strerror})") from error
     temporary, old = (path.with_name(f".{path.name}.{os.getpid()}.{kind}") for kind in ("tmp", "old"))
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
@@ -104,6 +115,8 @@ def load_pretrained(path: str | os.PathLike, dtype: str | torch.dtype | None = N
     """
     folder = Path(path)
     wanted = hf.torch_dtype(dtype)
+    if not (folder / WEIGHTS).exists() and (folder / "policy" / CONFIG).is_file():
+        raise CheckpointError(f"{path} is a run's folder, allowed is a model's: {folder / 'policy'}")
     if not (folder / CONFIG).is_file():
         raise CheckpointError(f"{path}: no {CONFIG} there, allowed is a folder in Hugging Face layout")
     try:

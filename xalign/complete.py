@@ -48,7 +48,7 @@ def gather(options: PromptOptions) -> Iterator[Text]:
         if sys.stdin.isatty():
             print("reading a prompt from standard input, end with Ctrl-D (or use --prompt)", file=sys.stderr)
         try:
-            yield sys.stdin.read().rstrip("\n")
+            yield sys.stdin.buffer.read().decode("utf-8").replace("\r\n", "\n").rstrip("\n")
         except UnicodeDecodeError as error:
             raise DataError(f"standard input is not UTF-8 ({error.reason} at byte {error.start})") from None
 

@@ -26,7 +26,8 @@ LIMITS: dict[str, tuple[float, float]] = {
                      "gradient_accumulation_steps", "eval_prompts", "eval_samples", "eval_max_new_tokens"), (1, math.inf)),
     **dict.fromkeys(("learning_rate", "sft_learning_rate", "num_train_epochs", "sft_epochs"), (1e-12, math.inf)),
     **dict.fromkeys(("warmup_steps", "sft_warmup_steps", "weight_decay", "max_grad_norm", "logging_steps", "eval_steps",
-                     "save_steps", "dataset_weights", "seed"), (0, math.inf)),
+                     "save_steps", "seed"), (0, math.inf)),
+    "dataset_weights": (0, 1000),
     "max_length": (2, math.inf), "max_seq_len": (2, math.inf), "dropout": (0, 0.999), "max_steps": (-1, math.inf),
 }
 
@@ -378,7 +379,7 @@ def _config_file(arguments: list[str], known: dict[str, Any]) -> list[str]:
             if name not in known:
                 raise ConfigError(f"--config {file}: no setting {name!r}{nearest(name, known)}")
             if isinstance(setting, bool) != isinstance(known[name], bool):
-                allowed = "true or false" if isinstance(known[name], bool) else "neither true nor false"
+                allowed = "true or false" if isinstance(known[name], bool) else "a number or text"
                 raise ConfigError(f"--config {file}: {name} is {json.dumps(setting)}, allowed is {allowed}")
             if isinstance(setting, dict | list) and not (isinstance(known[name], tuple) and isinstance(setting, list)):
                 raise ConfigError(f"--config {file}: {name} is {json.dumps(setting)}, allowed is a single value")

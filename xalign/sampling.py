@@ -23,7 +23,7 @@ NEG_INF = float("-inf")
 
 
 def _scalar(name: str, value: float, low: float, high: float, allowed: str) -> None:
-    if not low <= value <= high or not math.isfinite(value):
+    if not isinstance(value, (int, float)) or not low <= value <= high or not math.isfinite(value):
         raise ConfigError(f"{name} is {value!r}, allowed is {allowed}")
 
 

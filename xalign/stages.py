@@ -54,7 +54,7 @@ def preference_data(options: PreferenceDataOptions,
     if eval_file:
         held_out = read_pairs(eval_file, identical=options.identical)
     else:
-        pairs, held_out = hold_out(pairs, lambda pair: str(pair.prompt), 10, seed)
+        pairs, held_out = hold_out(pairs, lambda pair: str(pair.prompt or (pair.chosen, pair.rejected)), 10, seed)
         say(f"{len(held_out):,} pairs are held out for evaluation")
     if options.sft_dataset:
         examples = read_examples(options.sft_dataset, every_turn=True)

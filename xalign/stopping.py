@@ -17,6 +17,8 @@ class StopTokens:
     """
 
     def __init__(self, eos: int | Sequence[int] | Tensor | None, stop: Sequence[Sequence[int]] | None, device: torch.device):
+        if any(isinstance(s, (int, str)) for s in stop or []):
+            raise ConfigError(f"stop is {stop!r}, allowed is a list of token-id sequences")
         sequences = [[int(t) for t in s] for s in (stop or [])]
         if any(not s for s in sequences):
             raise ConfigError("stop holds an empty sequence, allowed are sequences of at least one token id")

@@ -1,5 +1,6 @@
 """The training programs from flags to report: `run_sft` and `run_dpo`."""
 
+import hashlib
 import time
 from pathlib import Path
 from typing import Any
@@ -66,8 +67,20 @@ def claim(config: Any, program: str) -> RunFolder:
     if run.resume and run.overwrite:
         raise ConfigError("--resume and --overwrite are both given, allowed is one of them")
     settings = {"program": program, **{k: v for k, v in flatten(config).items() if k not in VOLATILE}}
+    settings["data_sha256"] = data_digest(settings)
     folder.claim({k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}, run.overwrite)
     return folder
+
+
+def data_digest(settings: dict[str, Any]) -> str:
+    """A hash of what the data files hold, so that a run never goes on with other data under the same name."""
+    whole = hashlib.sha256()
+    for name in ("dataset", "eval_dataset", "sft_dataset"):
+        value = settings.get(name) or ()
+        for path in (value,) if isinstance(value, str) else value:
+            with open(path, "rb") as file:
+                whole.update(hashlib.file_digest(file, "sha256").digest())
+    return whole.hexdigest()[:16]
 
 
 def check(config: Any) -> None:
@@ -257,16 +270,20 @@ def align(config: DPOConfig, run: RunFolder, dpo: DPO, tokenizer: Tokenizer, pai
     assert isinstance(policy, TransformerWrapper)
     device = policy.token_emb.weight.device
     policy.attn_layers.gradient_checkpointing = training.gradient_checkpointing
-    known = eval_known = None
-    with autocast(device, training.bf16):
-        if dpo.ref_model is not None and config.loss.precompute_ref_log_probs:
-            known = pairs_logps(dpo, dpo.ref_model, pairs, tokenizer.pad_id, progress="reference")  # type: ignore[arg-type]
-        if dpo.ref_model is not None:
-            eval_known = pairs_logps(dpo, dpo.ref_model, eval_pairs, tokenizer.pad_id)  # type: ignore[arg-type]
-    objective = Preference(dpo, known)
     size = training.batch_size
     order = Schedule([len(p.prompt) + max(len(p.chosen), len(p.rejected)) for p in pairs],
                      size * training.gradient_accumulation_steps, training.seed)
+    steps = count_steps(len(order), training.num_train_epochs, training.max_steps)
+    known = eval_known = None
+    with autocast(device, training.bf16):
+        if dpo.ref_model is not None and config.loss.precompute_ref_log_probs:
+            visited = sorted({row for step in range(min(steps, len(order))) for row in order.batch(step)})
+            some = pairs_logps(dpo, dpo.ref_model, [pairs[i] for i in visited], tokenizer.pad_id,  # type: ignore[arg-type]
+                               progress="reference")
+            known = tuple(torch.full((len(pairs),), float("nan")).index_copy(0, torch.tensor(visited), t) for t in some)
+        if dpo.ref_model is not None:
+            eval_known = pairs_logps(dpo, dpo.ref_model, eval_pairs, tokenizer.pad_id)  # type: ignore[arg-type]
+    objective = Preference(dpo, known)  # type: ignore[arg-type]
     batches = micro_batches(order, size, lambda rows: collate_pairs([pairs[i] for i in rows], tokenizer.pad_id, rows))
     if config.loss.ref_model is None:
         check_first_loss(objective, batches(0)[0].to(device), training.bf16)
@@ -281,7 +298,6 @@ def align(config: DPOConfig, run: RunFolder, dpo: DPO, tokenizer: Tokenizer, pai
         with autocast(device, training.bf16):
             return quick(dpo, eval_pairs, eval_known, tokenizer.pad_id)
 
-    steps = count_steps(len(order), training.num_train_epochs, training.max_steps)
     train(policy, objective, batches, steps, len(order), options, run, tokenizer, title="dpo", evaluate=evaluate)
 
 

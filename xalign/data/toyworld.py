@@ -246,8 +246,8 @@ def is_consistent(prompt: str, story: str) -> bool:
 
     Names, animals, things and places must be the prompt's, and a word that the grammar doesn't know is foreign too. In
     a sentence of the grammar each pronoun must agree with the one it stands for, and the two roles must be two beings.
-    At least two such agreements are needed, so that a text about nobody does not pass. Independent of
-    `is_well_formed`; False for a prompt that the grammar can't write.
+    At least two such agreements, in sentences of the grammar, are needed, so that a text about nobody does not pass,
+    nor a heap of the right words. False for a prompt that the grammar can't write.
     """
     cast = read_prompt(prompt)
     if cast is None or not isinstance(story, str):
@@ -256,11 +256,12 @@ def is_consistent(prompt: str, story: str) -> bool:
     own = {being.name for being in beings} | {being.noun for being in beings} | {cast.thing, cast.place}
     own |= _FEMALE_WORDS | _MALE_WORDS  # one of the two is female, the other male
     agreements = 0
-    for word in _WORD.findall(story):
-        word = word if word in _NAMES else word.lower()
-        if word not in (own if word in _INTRODUCED else _vocabulary()):
+    for sentence in split_sentences(story):
+        words = [word if word in _NAMES else word.lower() for word in _WORD.findall(sentence)]
+        if any(word not in (own if word in _INTRODUCED else _vocabulary()) for word in words):
             return False
-        agreements += word in own
+        if read_sentence(sentence) is not None:
+            agreements += sum(word in own for word in words)
     return agreements >= 2 and all(reading.agrees for reading in read_story(prompt, story) if reading.sentence)
 
 
@@ -405,7 +406,7 @@ def sample_story(prompt: str, rng: Random) -> str:
     helper = beings[sufferer == cast.hero] if either(0.75) > 0 else sufferer
     sign = either(0.5)
     story = [sentence("trouble", sufferer, 0), sentence("deed", helper, sign)]
-    extra = _pick(rng, ("", "", "", "words", "words", "scene"))
+    extra = _pick(rng, ("", "", "", "", "", "", "words", "words", "scene"))
     at_end = rng.random() < 0.5
     if extra and not at_end:
         story.append(sentence(extra, _pick(rng, beings), either(0.5)))

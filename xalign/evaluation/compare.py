@@ -47,6 +47,7 @@ def compare(dpo: DPO, untrained: TransformerWrapper | None, tokenizer: Tokenizer
     policy, reference = dpo.policy_model, dpo.ref_model
     assert isinstance(policy, TransformerWrapper) and isinstance(reference, TransformerWrapper)
     result = Comparison()
+    result.numbers["pairs"] = len(encoded)
     for name, model in (("reference", reference), ("policy", policy)):
         result.add("perplexity of held-out responses", name, metrics.perplexity(model, encoded, tokenizer.pad_id),
                    f"perplexity_{name}")

@@ -19,9 +19,10 @@ def write_report(folder: Path, title: str, result: Comparison, settings: dict[st
     write_atomically(folder / "evaluation.json", json.dumps(strict(result.numbers), indent=2) + "\n")
     table = _table(result)
     pictures = draw(folder, result)
-    notes = [f"{len(result.prompts):,} held-out prompts; temperature 1, unfiltered. In brackets: 95 % intervals, by bootstrap "
-             "over prompts. The win rate compares every policy sample with every reference sample of a prompt; a tie counts "
-             "one half."]
+    notes = [f"Perplexity and accuracy are over {result.numbers.get('pairs', 0):,} held-out pairs; samples are drawn for "
+             f"{len(result.prompts):,} of their prompts at temperature 1, unfiltered. In brackets: 95 % intervals, by "
+             "bootstrap over prompts. The win rate compares every policy sample with every reference sample of a prompt; "
+             "a tie counts one half."]
     if "preference_accuracy_limit" in result.numbers:
         notes.append(f"Labels are noisy: knowing the gold reward itself, accuracy would be "
                      f"{result.numbers['preference_accuracy_limit']:.3f}.")
@@ -89,8 +90,9 @@ def draw(folder: Path, result: Comparison) -> list[tuple[str, str]]:
     def lines(axis: Any, names: Sequence[tuple[str, str]], title: str) -> None:
         for key, label in names:
             records = held_out if key.startswith("eval/") else train
-            style = {"marker": "o", "markersize": 3} if key.startswith("eval/") else {"alpha": 0.7}
-            axis.plot([r["step"] for r in records if key in r], [r[key] for r in records if key in r], label=label, **style)
+            style = {"marker": "o"} if key.startswith("eval/") else {"marker": ".", "alpha": 0.7}
+            points = [(r["step"], r[key]) for r in records if key in r]
+            axis.plot(*zip(*points, strict=True) if points else ([], []), label=label, markersize=3, **style)
         axis.set(title=title, xlabel="step")
         axis.grid(alpha=0.3)
         axis.legend()

@@ -150,6 +150,8 @@ class AutoregressiveWrapper(nn.Module):
     @staticmethod
     def _seed(seed: int | Tensor | None, generator: torch.Generator | None, device: torch.device) -> int | Tensor:
         if seed is not None:
+            if not isinstance(seed, (int, Tensor)):
+                raise ValueError(f"seed is {seed!r}, allowed is a whole number or a tensor of them")
             if generator is not None:
                 raise ValueError("seed and generator are both given, allowed is one of them")
             return seed

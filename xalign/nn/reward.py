@@ -24,6 +24,9 @@ class RewardModel(nn.Module):
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """Rewards (b,), fp32. Raises `ValueError` for a row without a real token."""
+        if tokens.ndim != 2 or (mask is not None and mask.shape != tokens.shape):
+            shapes = tuple(tokens.shape), None if mask is None else tuple(mask.shape)
+            raise ValueError(f"tokens and mask have shapes {shapes}, allowed is (b, n) for both")
         mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask.bool()
         mask, tokens = compact(mask, tokens)
         last = mask.sum(1) - 1

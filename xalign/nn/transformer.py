@@ -185,7 +185,12 @@ class TransformerWrapper(nn.Module):
         `return_embeddings` gives the final hidden states (b, n, d) instead of logits.
         Raises `ValueError` for ids outside the vocabulary (on the CPU) and for too many absolute positions.
         """
+        if cache is not None and cache.keys and len(cache.keys) != self.attn_layers.depth:
+            raise ValueError(f"the cache has {len(cache.keys)} layers, allowed is one of this model, {self.attn_layers.depth}")
         if cache is not None and not input_not_include_cache:
+            if tokens.shape[1] <= cache.length:
+                raise ValueError(f"{tokens.shape[1]} tokens do not go beyond the {cache.length} cached ones, allowed is more, "
+                                 "or input_not_include_cache=True")
             tokens = tokens[:, cache.length :]
             mask = None if mask is None else mask[:, cache.length :]
         b, n = tokens.shape

@@ -1,0 +1,5 @@
+"""`python -m xalign`: the command line."""
+
+from xalign.cli import main
+
+main()
