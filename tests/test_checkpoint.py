@@ -229,8 +229,18 @@ def test_a_crash_in_the_middle_leaves_the_old_folder(folder, monkeypatch, point,
     assert contents(folder) == before and sorted(p.name for p in folder.parent.iterdir()) == neighbours
 
 
+def test_saving_never_replaces_a_folder_with_other_things_in_it(folder):
+    (folder / "thesis.tex").write_text("years of work")
+    with pytest.raises(CheckpointError, match=r"thesis\.tex"):
+        save_pretrained(tiny(seed=1), folder)
+    assert (folder / "thesis.tex").read_text() == "years of work"
+    for above in (folder.parent, Path()):
+        with pytest.raises(CheckpointError):
+            save_pretrained(tiny(seed=1), above)
+
+
 def test_saving_replaces_the_whole_folder(folder):
-    (folder / "stale.txt").write_text("of the older model")
+    (folder / "tokenizer_config.json").write_text("of the older model")
     save_pretrained(tiny(seed=1), folder)
     assert sorted(p.name for p in folder.iterdir()) == ["config.json", "generation_config.json", "model.safetensors"]
     assert [p.name for p in folder.parent.iterdir()] == ["model"]

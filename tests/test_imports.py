@@ -45,6 +45,7 @@ FLOORS = [
     "train",
     "complete",
     "cli",
+    "__main__",
 ]
 FLOOR = {module: i for i, line in enumerate(FLOORS) for module in line.split()}
 HEAVY = ("torch", "transformers", "matplotlib", "sentencepiece", "numpy", "wandb", "safetensors")

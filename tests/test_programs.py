@@ -483,7 +483,7 @@ CONFIGS = [
     ("[1]", "holds a list, allowed is an object of settings"),
     ('{"bata": 1}', "no setting 'bata', did you mean 'beta'"),
     ('{"bf16": 1}', "bf16 is 1, allowed is true or false"),
-    ('{"depth": true}', "depth is true, allowed is neither true nor false"),
+    ('{"depth": true}', "depth is true, allowed is a number or text"),
     ('{"dataset": ["a", "b"]}', 'dataset is ["a", "b"], allowed is a single value'),
     ('{"max_steps": {"a": 1}}', "allowed is a single value"),
     ('{"max_steps": "x"}', "--max-steps"),

@@ -112,7 +112,13 @@ def test_inconsistent_texts_fail(story: str) -> None:
 
 def test_the_two_checks_are_independent() -> None:
     assert is_well_formed(PROMPT, " Zoe helped Ben.") and not is_consistent(PROMPT, " Zoe helped Ben.")
-    assert is_consistent(PROMPT, " The girl and Tom.") and not is_well_formed(PROMPT, " The girl and Tom.")
+    mixed = " The girl helped Tom. The girl and Tom."
+    assert is_consistent(PROMPT, mixed) and not is_well_formed(PROMPT, mixed)
+
+
+@pytest.mark.parametrize("heap", [" she he", " her her her her", " Zoe. Tom. kite", " The girl and Tom."])
+def test_a_heap_of_the_right_words_is_not_consistent(heap: str) -> None:
+    assert not is_consistent(PROMPT, heap)
 
 
 def test_any_prompt_and_any_type_is_answered() -> None:

@@ -215,9 +215,7 @@ def _records(path: Path, report: ReadReport) -> Iterator[tuple[str, dict[str, An
     """Yield `path:line` and the object of every record of a file."""
     name = os.fspath(path)
     kind = os.path.splitext(name.lower().removesuffix(".gz"))[1]
-    if not os.path.isfile(name):
-        raise DataError(f"{name}: there is no such file")
-    if kind not in (".jsonl", ".json", ".txt"):
+    if kind not in (".jsonl", ".json", ".txt") and os.path.isfile(name):
         raise DataError(f"{name}: a file of unknown kind; allowed: .jsonl, .json, .txt, each also with .gz")
     found = False
     for number, value in _values(name, kind):

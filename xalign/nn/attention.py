@@ -169,9 +169,10 @@ class Attention(nn.Module):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
         dropout, gqa = self.dropout if self.training else 0.0, self.heads != self.kv_heads
         # a half-precision ALiBi bias could not tell distant positions apart; and torch's backward pass of half-precision
-        # attention on a CPU takes up to four times as long as the fp32 one (docs/log.md)
+        # attention on a CPU takes up to four times as long as the fp32 one (docs/log.md). Not only where a gradient is
+        # asked for: policy and reference must agree to the last digit
         biased = context.bias is not None and context.bias.dtype != torch.bool
-        slow = q.device.type == "cpu" and q.dtype != torch.float32 and q.requires_grad
+        slow = q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16) and q.shape[-2] > 1
         dtype = torch.float32 if biased or slow else q.dtype
         with nullcontext() if self.flash else sdpa_kernel(SDPBackend.MATH), torch.autocast(q.device.type, enabled=False):
             out = F.scaled_dot_product_attention(q.to(dtype), k.to(dtype), v.to(dtype), context.bias, dropout, context.causal,

@@ -188,9 +188,9 @@ class TransformerWrapper(nn.Module):
         if cache is not None and cache.keys and len(cache.keys) != self.attn_layers.depth:
             raise ValueError(f"the cache has {len(cache.keys)} layers, allowed is one of this model, {self.attn_layers.depth}")
         if cache is not None and not input_not_include_cache:
-            if tokens.shape[1] <= cache.length:
-                raise ValueError(f"{tokens.shape[1]} tokens do not go beyond the {cache.length} cached ones, allowed is more, "
-                                 "or input_not_include_cache=True")
+            if tokens.shape[1] < cache.length:
+                raise ValueError(f"{tokens.shape[1]} tokens are fewer than the {cache.length} cached ones, allowed is all of "
+                                 "them and the new ones, or input_not_include_cache=True")
             tokens = tokens[:, cache.length :]
             mask = None if mask is None else mask[:, cache.length :]
         b, n = tokens.shape
