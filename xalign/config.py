@@ -60,7 +60,7 @@ class SFTOptions:
 
     sft_learning_rate: float = 4e-3
     """Peak learning rate."""
-    sft_epochs: float = 3.0
+    sft_epochs: float = 5.0
     """Passes over the text."""
     sft_batch_size: int = 24
     """Documents a step."""
@@ -106,7 +106,7 @@ class LossOptions:
 class TrainingOptions:
     """The training loop."""
 
-    learning_rate: float = 1e-4
+    learning_rate: float = 5e-5
     """Peak learning rate."""
     batch_size: int = 16
     """Records a forward pass."""
