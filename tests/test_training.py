@@ -310,7 +310,14 @@ def test_a_signal_saves_and_says_how_to_go_on(tmp_path, number, stop):
     assert more == lines and same_bits(again, model)
 
 
-def test_a_second_signal_is_not_waited_for():
+@pytest.fixture
+def interruptible():
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell start with it ignored
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_second_signal_is_not_waited_for(interruptible):
     with pytest.raises(KeyboardInterrupt), postponed_signals() as caught:
         os.kill(os.getpid(), signal.SIGINT)
         assert caught == [signal.SIGINT]
