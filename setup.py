@@ -7,12 +7,15 @@ from setuptools import find_packages, setup
 EXTRAS = {
     "plots": ["matplotlib>=3.8"],
     "yaml": ["pyyaml>=6"],
+    "hf": ["tokenizers>=0.20", "huggingface_hub>=0.26"],
+    "parquet": ["pyarrow>=15"],
     # peers that the tests compare with, and the tools that check the code
     "dev": [
         "hypothesis>=6.100", "mypy>=1.10", "pexpect>=4.9", "pytest>=8", "ruff>=0.6", "scipy>=1.11",
         "peft>=0.15", "transformers>=4.57", "trl>=0.20", "x-transformers>=2.3",
     ],
 }
+EXTRAS["dev"] += EXTRAS["hf"] + EXTRAS["parquet"]
 
 setup(
     name="xalign",

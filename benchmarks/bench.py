@@ -41,9 +41,9 @@ def pair(depth: int, vocab: int) -> tuple[TransformerWrapper, LlamaForCausalLM]:
     theirs = LlamaForCausalLM(LlamaConfig(
         hidden_size=512, num_hidden_layers=depth, num_attention_heads=8, num_key_value_heads=8, intermediate_size=1376,
         vocab_size=vocab, max_position_embeddings=2048, tie_word_embeddings=False)).eval()
-    ours, names = hf.from_hf(theirs.config.to_dict(), "bench")
+    ours, layout = hf.from_hf(theirs.config.to_dict(), "bench")
     tensors = theirs.state_dict()
-    ours.load_state_dict({name: tensors[key] for name, key in names.items()})
+    ours.load_state_dict({e.ours[0]: tensors[e.file] for e in layout.entries})
     return ours.eval(), theirs
 
 

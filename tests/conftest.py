@@ -65,9 +65,15 @@ def llama(tied=False, kv_heads=4, vocab=17, depth=2, seed=0, window=64):
         for name, parameter in theirs.named_parameters():
             if "norm" in name:
                 parameter.add_(0.2 * torch.randn_like(parameter))
-    ours, names = from_hf(theirs.config.to_dict(), "a test")
-    ours.load_state_dict({k: theirs.state_dict()[name] for k, name in names.items()})
-    return theirs, ours.eval()
+    return theirs, imported(theirs)
+
+
+def imported(theirs) -> TransformerWrapper:
+    """Ours with the weights of a transformers model."""
+    ours, layout = from_hf(theirs.config.to_dict(), "a test")
+    found = {layout.canonical(name): tensor for name, tensor in theirs.state_dict().items()}
+    ours.load_state_dict({k: v for e in layout.entries for k, v in zip(e.ours, e.split(found[e.file]), strict=True)})
+    return ours.eval()
 
 
 @pytest.fixture(autouse=True)

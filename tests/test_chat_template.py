@@ -47,7 +47,7 @@ def A(text):
 CHAT = (U("hi"), A("yo"), U("ok?"), A("no\n"))
 CHATML = (
     "<s><|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nYO<|im_end|>\n"
-    "<|im_start|>user\nok?<|im_end|>\n<|im_start|>assistant\nNO\n<|im_end|>"
+    "<|im_start|>user\nok?<|im_end|>\n<|im_start|>assistant\nNO\n<|im_end|>\n"
 )
 INJECTED = [*ROLE_MARKERS, *EXTRA, "<|us", "er|>", "</s>", "<s>", "<pad>", "\ufdd0", "\ufdd3", "1", " "]
 
@@ -88,7 +88,7 @@ def test_default_template_by_hand(tokenizer):
     [
         ("chatml", CHATML, "<|im_end|>"),
         ("chatml, blocks", CHATML, "<|im_end|>"),
-        ("llama 2", "<s>[INST] hi [/INST] YO </s>[INST] ok? [/INST] NO\n </s>", "</s>"),
+        ("llama 2", "<s>[INST] hi [/INST] YO </s><s>[INST] ok? [/INST] NO\n </s>", "</s>"),
         ("words", "<s>user: hi\nassistant: YO</s>\nuser: ok?\nassistant: NO</s>", "</s>"),
     ],
 )
@@ -110,8 +110,10 @@ def test_inference_sees_exactly_the_ids_of_training(tokenizer, template, texts):
         head, reply, mask = render_completion(tokenizer, chat[:i], chat[i : i + 1], template)
         assert head == prompt.ids
         assert render(tokenizer, chat, template).ids[: len(head)] == head
-        assert all(mask) and reply[-1] == prompt.stops[0] and reply.count(prompt.stops[0]) == 1
-        assert head.count(tokenizer.bos_id) == 1 and tokenizer.bos_id not in reply
+        turn = reply[: mask.count(True)]  # the template may go on after it, as ChatML does with a line's end
+        assert mask[: len(turn)] == [True] * len(turn) and not tokenizer.decode(reply[len(turn) :]).strip()
+        assert turn[-1] == prompt.stops[0] and reply.count(prompt.stops[0]) == 1
+        assert head[0] == tokenizer.bos_id and tokenizer.bos_id not in (head[1], *reply)
 
 
 @ALL
@@ -162,6 +164,16 @@ def test_the_tokenizers_own_template_comes_before_the_default():
     assert render(tokenizer, CHAT, DEFAULT_TEMPLATE).text.startswith("<s><|user|>hi")
 
 
+def test_templates_that_loop_with_loop_variables_and_filters_still_work():
+    template = (
+        "{% for m in messages if m.role != 'user' recursive %}{{ loop.length }}{{ loop.revindex }}{{ loop.last }}"
+        "{% endfor %}{% for k, v in messages[0].items() %}{{ loop.index }}/{{ loop.length }}{{ k }} {{ loop.previtem }}"
+        "{% else %}no{% endfor %}{% for x in [] %}{% else %}none{% endfor %}{{ [1] + [2] }}{{ 'ab' * 2 }}{{ 3 * 4 + 2 ** 3 }}"
+    )
+    text = render(BYTES, (U("x"), A("y")), template, True).text
+    assert text == "11True1/2role 2/2content ('role', 'user')none[1, 2]abab20"
+
+
 def test_bos_that_is_also_eos_keeps_the_ends():
     tokenizer = ByteTokenizer()
     tokenizer.bos_id, tokenizer.bos_token = tokenizer.eos_id, tokenizer.eos_token
@@ -186,6 +198,14 @@ def test_tokenizers_without_bos_or_eos():
         ("{{ messages.append(1) }}", "the chat template failed: .*unsafe"),
         ("{{ ''.__class__.__mro__ }}", "the chat template failed: .*unsafe"),
         ("{{ 1 + '' }}", "the chat template failed: unsupported operand"),
+        ("{% for i in range(10**9) %}x{% endfor %}", "the chat template failed: Range too big"),
+        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "loops take more than 2,000,000"),
+        ("{% for i in range(99999) %}{% for j in range(99999)|list %}{% endfor %}{% endfor %}", "loops take more"),
+        ("{{ 'x' * 10**9 }}", r"failed: its \* makes more than 50,000,000"),
+        ("{{ ([1] * 10**7) * 10 }}", r"failed: its \* makes more than 50,000,000"),
+        ("{% set n = namespace(x='xy') %}{% for i in range(60) %}{% set n.x = n.x + n.x %}{% endfor %}", r"its \+ makes more"),
+        ("{{ 10 ** (10**10) }}", r"failed: its \*\* makes more"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "the chat template failed: maximum recursion"),
         ("{{ messages | length }}", "message 2 differently once others follow it"),
     ],
 )

@@ -89,7 +89,7 @@ def test_either_spelling_alone_is_read(tmp_path, spelling):
 
 def test_spellings_that_disagree_are_refused(folder):
     change_config(folder, rope_theta=500000.0)
-    with pytest.raises(CheckpointError, match=r"rope_theta is 10000.0 in one place and 500000.0 in another"):
+    with pytest.raises(CheckpointError, match=r"rope_theta is (10000|500000)\.0 in one place and (10000|500000)\.0 in another"):
         load_pretrained(folder)
 
 
@@ -150,6 +150,13 @@ def test_everybody_may_read_what_the_umask_allows(tmp_path):
     assert {stat.S_IMODE(p.stat().st_mode) for p in (tmp_path / "m").iterdir()} == {0o644}
 
 
+def test_every_id_that_ends_a_text_is_in_the_generation_config(tmp_path):
+    tokenizer = ByteTokenizer(ROLE_MARKERS)
+    tokenizer.stop_ids = (260, 261)
+    save_pretrained(tiny(num_tokens=tokenizer.vocab_size), tmp_path / "m", tokenizer)
+    assert json.loads((tmp_path / "m/generation_config.json").read_text())["eos_token_id"] == [258, 260, 261]
+
+
 GREEDY = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
 
 
@@ -203,7 +210,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-@pytest.mark.parametrize("point", ["save_file", "write_atomically", "os.rename"])
+@pytest.mark.parametrize("point", ["save_weights", "write_atomically", "os.rename"])
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt(), RuntimeError("a bug")])
 def test_a_crash_in_the_middle_leaves_the_old_folder(folder, monkeypatch, point, error):
     before, neighbours = contents(folder), sorted(p.name for p in folder.parent.iterdir())
@@ -244,6 +251,31 @@ def test_saving_replaces_the_whole_folder(folder):
     save_pretrained(tiny(seed=1), folder)
     assert sorted(p.name for p in folder.iterdir()) == ["config.json", "generation_config.json", "model.safetensors"]
     assert [p.name for p in folder.parent.iterdir()] == ["model"]
+
+
+def test_a_model_card_and_a_licence_stay_when_the_model_is_replaced(folder):
+    for name in ("README.md", "LICENSE", ".gitattributes"):
+        (folder / name).write_text(f"my {name}")
+    save_pretrained(tiny(seed=1, **LLAMA), folder)
+    assert all((folder / name).read_text() == f"my {name}" for name in ("README.md", "LICENSE", ".gitattributes"))
+    equal_bits(load_pretrained(folder)[0], tiny(seed=1, **LLAMA))
+    (folder / "README.md").unlink()
+    (folder / "README.md").mkdir()
+    with pytest.raises(CheckpointError, match=r"README\.md"):
+        save_pretrained(tiny(), folder)
+
+
+def test_what_transformers_wrote_is_replaced_but_not_pickled_weights(tmp_path):
+    theirs, ours = llama()
+    theirs.save_pretrained(tmp_path / "m", max_shard_size="10KB")
+    for name in ("tokenizer.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
+                 "chat_template.jinja"):
+        (tmp_path / "m" / name).write_text("of the older model")
+    save_pretrained(ours, tmp_path / "m")
+    assert sorted(p.name for p in (tmp_path / "m").iterdir()) == ["config.json", "generation_config.json", "model.safetensors"]
+    (tmp_path / "m/pytorch_model.bin").write_bytes(b"the only copy")
+    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin"):
+        save_pretrained(ours, tmp_path / "m")
 
 
 def test_write_atomically_keeps_the_old_file(tmp_path, monkeypatch):
@@ -287,15 +319,15 @@ DAMAGES = {
     "broken JSON": (lambda f: (f / "config.json").write_text('{"a": 1,\n "b"'), r"config.json:2: no JSON \("),
     "a list": (lambda f: (f / "config.json").write_text("[]"), "config.json: missing or wrong field"),
     "not UTF-8": (lambda f: (f / "config.json").write_bytes(b"\xff\xfe{"), "config.json: missing or wrong field"),
-    "no field": (lambda f: change_config(f, remove=["hidden_size"]), "missing or wrong field .'hidden_size'"),
-    "text for a number": (lambda f: change_config(f, vocab_size="many"), "num_tokens is 'many', allowed is a whole number"),
-    "no heads": (lambda f: change_config(f, num_attention_heads=0, head_dim=None), "missing or wrong field"),
+    "no field": (lambda f: change_config(f, remove=["hidden_size"]), "hidden_size is missing, allowed is"),
+    "text for a number": (lambda f: change_config(f, vocab_size="many"), "vocab_size is 'many', allowed is a whole number"),
+    "no heads": (lambda f: change_config(f, num_attention_heads=0, head_dim=None), "num_attention_heads is 0, allowed is"),
     "odd head": (lambda f: change_config(f, head_dim=7), "config.json: .*rotary_dim is 7, allowed is an even number"),
     "heads that don't divide": (lambda f: change_config(f, num_key_value_heads=3), "allowed is a divisor of heads = 4"),
-    "other family": (lambda f: change_config(f, model_type="bert"), "model_type is 'bert', allowed is 'llama' or 'xalign'"),
-    "no family": (lambda f: change_config(f, remove=["model_type"]), "model_type is None"),
-    "rope of another kind": (lambda f: change_config(f, rope_scaling={"rope_type": "yarn"}), "rope type is 'yarn'"),
-    "other activation": (lambda f: change_config(f, hidden_act="gelu"), "hidden_act is 'gelu', allowed is 'silu'"),
+    "other family": (lambda f: change_config(f, model_type="bert"), "model_type is 'bert', allowed is llama, .* or xalign"),
+    "no family": (lambda f: change_config(f, remove=["model_type"]), "model_type is .*None"),
+    "rope of another kind": (lambda f: change_config(f, rope_scaling={"rope_type": "yarn"}), "rope_type is 'yarn' in one"),
+    "other activation": (lambda f: change_config(f, hidden_act="relu"), "hidden_act is 'relu', allowed is"),
     "a vocabulary beyond memory": (lambda f: change_config(f, vocab_size=10**15), r"has shape \(300, 32\), allowed is"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "model.safetensors: can't be read as safetensors"),
     "weights are a folder": (lambda f: ((f / "model.safetensors").unlink(), (f / "model.safetensors").mkdir()), "can't be"),

@@ -217,8 +217,8 @@ def test_bad_schedules():
 @given(st.lists(st.tuples(st.integers(0, 20), st.floats(0, 3)), min_size=1, max_size=4), st.integers(0, 5))
 def test_mixture_takes_each_row_by_weight(datasets, epoch):
     sizes, weights = zip(*datasets, strict=True)
-    rows = mixture(sizes, weights, 1, epoch)
-    assert rows == mixture(sizes, weights, 1, epoch) and len(rows) == len(mixture(sizes, weights, 1, epoch + 1))
+    rows = list(mixture(sizes, weights, 1, epoch))
+    assert rows == list(mixture(sizes, weights, 1, epoch)) and len(rows) == len(list(mixture(sizes, weights, 1, epoch + 1)))
     counts = Counter(rows)
     for dataset, (size, weight) in enumerate(datasets):
         for row in range(size):
@@ -227,7 +227,7 @@ def test_mixture_takes_each_row_by_weight(datasets, epoch):
 
 
 def test_mixture_by_hand():
-    rows = mixture([3, 4], [2, 0.5], seed=0, epoch=0)
+    rows = list(mixture([3, 4], [2, 0.5], seed=0, epoch=0))
     assert [row for row in rows if row[0] == 0] == [(0, 0), (0, 1), (0, 2)] * 2
     assert len([row for row in rows if row[0] == 1]) == 2
     halves = {tuple(mixture([40], [0.5], 0, epoch)) for epoch in range(3)}

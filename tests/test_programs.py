@@ -17,14 +17,17 @@ from safetensors.torch import load_file, save_file
 
 from xalign import load_pretrained, save_pretrained
 from xalign.cli import main
+from xalign.config import PreferenceDataOptions
 from xalign.data.chat_template import DEFAULT_TEMPLATE, ROLE_MARKERS
+from xalign.prepare import preference_data
 from xalign.tokenizers import ByteTokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 HH = ROOT.parent / "shared/data/hh-harmless-base.train.jsonl.gz"
-TINY = {"dim": 16, "depth": 1, "heads": 2, "vocab_size": 330, "sft_epochs": 0.5, "sft_batch_size": 8, "max_steps": 6,
-        "batch_size": 4, "eval_steps": 3, "save_steps": 2, "eval_prompts": 3, "eval_samples": 2, "eval_max_new_tokens": 8,
-        "logging_steps": 2}
+SHAPE = {"dim": 16, "depth": 1, "heads": 2, "vocab_size": 330, "sft_epochs": 0.5, "sft_batch_size": 8}
+LOOP = {"max_steps": 6, "batch_size": 4, "eval_steps": 3, "save_steps": 2, "eval_prompts": 3, "eval_samples": 2,
+        "eval_max_new_tokens": 8, "logging_steps": 2}
+TINY = SHAPE | LOOP
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 
 
@@ -61,6 +64,7 @@ def toy(tmp_path_factory) -> Path:
     (folder / "test.jsonl").write_text("\n".join(lines[30:40]) + "\n")
     settings = TINY | {"dataset": str(folder / "train.jsonl"), "eval_dataset": str(folder / "test.jsonl")}
     (folder / "tiny.json").write_text(json.dumps(settings))
+    (folder / "given.json").write_text(json.dumps({k: v for k, v in settings.items() if k not in SHAPE}))
     return folder
 
 
@@ -91,7 +95,8 @@ def test_train_dpo_end_to_end(finished):
         ".lock", "config.json", "metrics.jsonl", "samples.jsonl", "checkpoint-4", "checkpoint-6", "latest", "sft", "reference",
         "policy", "report.md", "evaluation.json", "training.png", "rewards.png", "gold.png", "lengths.png"}
     assert {p.name for p in (run / "policy").iterdir()} == {
-        "config.json", "generation_config.json", "model.safetensors", "tokenizer.model", "tokenizer_config.json"}
+        "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer.model",
+        "tokenizer_config.json"}
     assert "| win rate by gold reward |" in done.stdout and "| untrained | reference | policy |" in done.stdout
     assert done.stdout.count("\n") == done.stdout.strip().count("\n") + 1 and "report:" in done.stderr
     numbers = json.loads((run / "evaluation.json").read_text())
@@ -139,7 +144,7 @@ def test_the_same_command_gives_the_same_run(finished, toy, capsys):
 
 def test_dpo_from_a_model_and_with_a_reference(finished, toy, capsys):
     run, _ = finished
-    options = ["--config", toy / "tiny.json", "--model", run / "reference", "--no-precompute-ref-log-probs"]
+    options = ["--config", toy / "given.json", "--model", run / "reference", "--no-precompute-ref-log-probs"]
     assert call("dpo", *options, "--output-dir", toy / "from") == 0
     assert "untrained" not in capsys.readouterr().out and not (toy / "from/sft").exists()
     # the same reference and the same pairs: the reference's log-probabilities known beforehand change nothing
@@ -196,7 +201,7 @@ def test_sft_scores_the_assistant_only(tmp_path, capsys):
     assert call("sft", *SFT, "--dataset", tmp_path / "talk.jsonl", "--output-dir", tmp_path / "run", "--dry-run") == 0
     out, _ = capsys.readouterr()
     assert not (tmp_path / "run").exists() and "first of 29 records" in out
-    rows = [line.split(None, 2) for line in out.splitlines()[1:]]
+    rows = [line.split(None, 2) for line in out.split("\nMemory a device")[0].splitlines()[1:]]
     scored = "".join(eval(r[2].removeprefix("scored ")) for r in rows if r[2].startswith("scored"))
     read = "".join(eval(r[2]) for r in rows if not r[2].startswith("scored"))
     assert "Be kind." in read and "Say" in read and "<|user|>" in read and "<|assistant|>" in read
@@ -341,8 +346,10 @@ def test_flags_win_over_the_file_wherever_they_stand(tmp_path, capsys):
 
 def test_dry_run_shows_one_pair_and_writes_nothing(toy, tmp_path, capsys):
     assert call("dpo", "--config", toy / "tiny.json", "--output-dir", tmp_path / "run", "--dry-run") == 0
-    out = capsys.readouterr().out
+    out, memory = capsys.readouterr().out.split("\nMemory a device, in GB, for 4 records of 512 tokens (the longest")
     assert list(tmp_path.iterdir()) == [] and "parameters" in out.splitlines()[0]
+    assert [line.split()[0] for line in memory.splitlines()[1:5]] == ["weights", "gradients", "optimizer", "reference"]
+    assert "at the peak" in memory and "does not fit" not in memory
     first = json.loads((toy / "train.jsonl").read_text().splitlines()[0])
     for side, block in zip(("chosen", "rejected"), out.split("\nchosen:\n")[1].split("\nrejected:\n"), strict=True):
         rows = [line.split(None, 2) for line in block.splitlines() if line.strip()]
@@ -459,7 +466,7 @@ FLAGS = [
     ("generate", ["-p", "x", "--top-p", 2], "top_p is 2.0, allowed is a number in [0, 1]"),
     ("generate", ["-p", "x", "--top-k", 0], "top_k is 0, allowed is a number >= 1"),
     ("generate", ["-p", "x", "--beams", 2, "--top-k", 3], "beams is 2 and top_k is 3, allowed is one of them"),
-    ("generate", ["-p", "x", "--temperature", "inf"], "--temperature is inf, allowed is a finite number"),
+    ("generate", ["-p", "x", "--temperature", "inf"], "error: temperature is inf, allowed is a number >= 0"),
     ("generate", ["-p", "x", "--stop", ""], "stop is ('',), allowed is a list of non-empty strings"),
     ("generate", ["-p", "x", "--prompts", "y"], "--prompt and --prompts are both given"),
     ("generate", ["-p", "x", "--system", "y"], "--system goes with --chat"),
@@ -514,7 +521,7 @@ DAMAGES = {
     "NaN": (lambda f, t: t["model.embed_tokens.weight"][3, 4].fill_(float("nan")), "not finite"),
     "other shape": (lambda f, t: t.update({"model.norm.weight": torch.ones(31)}), "has shape (31,), allowed is the shape that"),
     "lacking": (lambda f, t: t.pop("model.norm.weight"), "lacks tensor model.norm.weight"),
-    "no tokenizer": (lambda f, t: (f / "tokenizer_config.json").unlink(), "there is no tokenizer in this folder"),
+    "no tokenizer": (lambda f, t: [p.unlink() for p in f.glob("tokenizer*")], "there is no tokenizer in this folder"),
     "larger tokenizer": (lambda f, t: ByteTokenizer((*ROLE_MARKERS, "<|more|>")).save(f), "the tokenizer has 264 ids"),
     "broken tokenizer": (lambda f, t: (f / "tokenizer_config.json").write_text("["), "not valid JSON"),
 }
@@ -528,7 +535,7 @@ def test_damaged_models_are_refused(tmp_path, toy, chatty, capsys, name):
     tensors = load_file(model / "model.safetensors")
     damage(model, tensors)
     save_file(tensors, model / "model.safetensors")
-    out = ["--config", toy / "tiny.json", "--output-dir", tmp_path / "run"]
+    out = ["--config", toy / "given.json", "--output-dir", tmp_path / "run"]
     assert message in refused(capsys, "dpo", "--model", model, *out)
     assert message in refused(capsys, "dpo", "--ref-model", model, *out)
     assert message in refused(capsys, "sft", "--model", model, "--output-dir", tmp_path / "run")
@@ -536,9 +543,51 @@ def test_damaged_models_are_refused(tmp_path, toy, chatty, capsys, name):
     assert [p.name for p in tmp_path.iterdir()] == ["model"], "no half-written run stays"
 
 
+UNUSED = [("dpo", "--dim", 32), ("dpo", "--vocab-size", 400), ("dpo", "--sft-epochs", 2), ("dpo", "--sft-dataset", "a.txt"),
+          ("sft", "--dropout", 0.1), ("sft", "--kv-heads", 1)]
+
+
+@pytest.mark.parametrize(("command", "flag", "value"), UNUSED)
+def test_settings_that_a_given_model_would_ignore_are_refused(tmp_path, chatty, capsys, command, flag, value):
+    line = refused(capsys, command, "--model", chatty, flag, value, "--output-dir", tmp_path / "run")
+    assert line == f"error: {flag} is for a model from scratch, but --model is {chatty}: allowed is one of them"
+
+
+def test_columns_by_other_names(toy, tmp_path, capsys):
+    lines = [json.loads(line) for line in (toy / "train.jsonl").read_text().splitlines()]
+    renamed = write_jsonl(tmp_path / "d.jsonl", [{"q": r["prompt"], "good": r["chosen"], "bad": r["rejected"]} for r in lines])
+    columns = ["--columns", "prompt=q", "chosen=good", "rejected=bad"]
+    shape = ["--dim", 16, "--depth", 1, "--heads", 2, "--vocab-size", 330, "--seed", 3, "--dry-run"]
+    assert call("dpo", "--dataset", renamed, *shape, *columns) == 0
+    theirs = capsys.readouterr().out
+    assert call("dpo", "--dataset", toy / "train.jsonl", *shape) == 0
+    assert capsys.readouterr().out == theirs
+    assert call("sft", "--dataset", renamed, *shape, *columns) == 0
+    assert "first of 29 records" in capsys.readouterr().out
+    for columns, message in ((["chosen"], "--columns has 'chosen', allowed are settings like chosen=better"),
+                             (["chosen=a", "chosen=b"], "each name once"), (["chosen=nope"], "d.jsonl:1: "),
+                             (["chosne=good"], "chosne")):
+        assert message in refused(capsys, "dpo", "--dataset", renamed, *shape, "--columns", *columns)
+
+
+def test_a_tenth_is_held_out_by_prompt(tmp_path, capsys):
+    """Every prompt lies on one side, a seed gives the same split, another one another."""
+    file = write_jsonl(tmp_path / "d.jsonl", [GOOD | {"prompt": f"Say {i % 50}", "chosen": f" yes {i}"} for i in range(100)])
+
+    def split(seed: int) -> tuple[list[str], list[str]]:
+        data, examples = preference_data(PreferenceDataOptions(dataset=str(file)), seed)
+        train = list(data.train())
+        assert len(train) == data.count and [e.completion for e in examples()] == [p.chosen for p in train]
+        return [p.prompt for p in train], [p.prompt for p in data.held_out]
+
+    train, held_out = split(0)
+    assert len(set(held_out)) == 5 and len(held_out) == 10 and not set(train) & set(held_out) and len(set(train)) == 45
+    assert split(0) == (train, held_out) != split(1)
+
+
 def test_a_reference_with_another_tokenizer_is_refused(finished, toy, chatty, tmp_path, capsys):
     run, _ = finished
-    line = refused(capsys, "dpo", "--config", toy / "tiny.json", "--model", run / "reference", "--ref-model", chatty,
+    line = refused(capsys, "dpo", "--config", toy / "given.json", "--model", run / "reference", "--ref-model", chatty,
                    "--output-dir", tmp_path / "run")
     assert "has another tokenizer than the policy" in line
 

@@ -4,12 +4,31 @@ import gzip
 import json
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from xalign.data.records import Example, Message, PreferencePair
-from xalign.data.sources import ReadReport, iter_pairs, pair_to_example, read_examples, read_pairs, read_prompts
+from xalign.data.records import Example, Labelled, Message, PreferencePair
+from xalign.data.sources import (
+    NAMES,
+    ReadReport,
+    column_names,
+    iter_labelled,
+    iter_pairs,
+    pair_to_example,
+    read_examples,
+    read_labelled,
+    read_pairs,
+    read_prompts,
+    shape_of,
+    to_example,
+    to_labelled,
+    to_pair,
+    to_prompt,
+)
 from xalign.errors import ConfigError, DataError
 
 REAL = Path(__file__).parent.parent / "../shared/data/hh-harmless-base.train.jsonl.gz"
@@ -22,6 +41,9 @@ def user(text):
 
 def assistant(text):
     return {"role": "assistant", "content": text}
+
+
+SYSTEM = {"role": "system", "content": "s"}
 
 
 def U(text):
@@ -107,9 +129,177 @@ def test_identical_sides(write):
         read_pairs(path, identical="both")
 
 
-def test_ultrafeedback_scores_become_a_margin(write):
-    (pair,) = read_pairs(write([STANDARD | {"score_chosen": 8.5, "score_rejected": 6}]))
-    assert pair.margin == 2.5
+def test_ultrafeedback(write):
+    chosen, rejected = [user("hi "), assistant("yes")], [user("hi "), assistant("no")]
+    record = {"prompt": "hi", "prompt_id": "0a", "chosen": chosen, "rejected": rejected, "messages": chosen,
+              "score_chosen": 8.5, "score_rejected": 6}
+    path = write([record, record | {"chosen": [SYSTEM, *chosen], "rejected": [SYSTEM, *rejected]}])
+    one, two = read_pairs(path)
+    assert one == PreferencePair((U("hi "),), (A("yes"),), (A("no"),), 2.5, f"{path}:1")
+    assert two.prompt == (Message("system", "s"), U("hi ")) and two.chosen == one.chosen
+    assert read_examples(path)[0].completion == (U("hi "), A("yes"))
+    assert read_prompts(path) == [one.prompt, two.prompt]  # not the bare text: what training on the pair sees
+    with pytest.raises(DataError, match="text and messages are mixed"):
+        read_pairs(write([record | {"prompt": "bye"}]))
+
+
+def test_rewardbench(write):
+    row = {"prompt": "Hi", "chosen": "a", "rejected": "b", "subset": "alpacaeval-easy", "id": 0}
+    prior = row | {"prompt": [user("Hi"), assistant("x"), user("y")]}
+    one, two = read_pairs(write([row, prior]))
+    assert (one.prompt, one.chosen, one.rejected) == ("Hi", "a", "b")
+    assert (two.prompt, two.chosen, two.rejected) == ((U("Hi"), A("x"), U("y")), (A("a"),), (A("b"),))
+
+
+def test_alpaca_eval(write):
+    rows = [{"instruction": "Add.", "output": "2", "generator": "g", "dataset": "d"},
+            {"instruction": "Add.", "input": "1 1", "output": "2", "generator": "g"}]
+    path = write(json.dumps(rows, indent=1), "outputs.json")
+    prompts = [(U("Add."),), (U("Add.\n\n1 1"),)]
+    assert read_prompts(path) == prompts
+    assert read_examples(path) == [Example(p, (A("2"),), f"{path}:{i}") for i, p in enumerate(prompts, 1)]
+
+
+def test_labelled(write):
+    rows = [{"prompt": "p", "completion": "c", "label": True}, {"prompt": "p", "completion": "d", "label": 0},
+            {"prompt": [user("p")], "completion": [assistant("c")], "label": 1},
+            {"prompt": [user("p")], "completion": "c", "label": False},
+            {"messages": [user("p"), assistant("c")], "label": True}]
+    path = write(rows)
+    expected = [("p", "c", True), ("p", "d", False), ((U("p"),), (A("c"),), True), ((U("p"),), (A("c"),), False),
+                ((U("p"),), (A("c"),), True)]
+    assert read_labelled(path) == [Labelled(*e, f"{path}:{i}") for i, e in enumerate(expected, 1)]
+    report = ReadReport()
+    assert [e.where for e in read_examples(path, report=report)] == [f"{path}:{i}" for i in (1, 3, 5)]
+    assert report.kept == 3 and report.flaws == {"labelled undesirable, dropped": 2}
+    with pytest.raises(DataError, match=r":1: a labelled record .* allowed: prompt\+chosen.*loss kto; xalign sft"):
+        read_pairs(path)
+    for row, message in ((rows[0] | {"label": "true"}, r"'label' must be true or false \(or 1 or 0\), not 'true'"),
+                         (rows[0] | {"label": 2}, "not 2"), (rows[0] | {"completion": " "}, "is an empty completion"),
+                         (rows[0] | {"label": None}, r"without a label, with the keys .* allowed: prompt\+completion\+label"),
+                         ({"prompt": "p", "label": 1}, "a label, but only the keys 'prompt', 'label'"),
+                         (rows[0] | {"completion": [assistant("c")]}, "text and messages are mixed")):
+        with pytest.raises(DataError, match=f":1: .*{message}"):
+            read_labelled(write([row]))
+
+
+def test_a_pair_is_two_labelled_completions(write):
+    report = ReadReport()
+    path = write([STANDARD, STANDARD | {"rejected": " Blue."}])
+    assert list(iter_labelled(path, report=report)) == [Labelled("Sky?", " Blue.", True, f"{path}:1"),
+                                                        Labelled("Sky?", " Green.", False, f"{path}:1")]
+    assert (report.records, report.kept, sum(report.flaws.values())) == (2, 1, 1)
+
+
+def test_columns(write):
+    path = write([{"question": "q", "better": "b", "worse": "w", "text": "t", "id": 1}])
+    names = {"prompt": "question", "chosen": "better", "rejected": "worse"}
+    assert read_pairs(path, columns=names) == [PreferencePair("q", "b", "w", None, f"{path}:1")]
+    assert read_labelled(path, columns=names)[1] == Labelled("q", "w", False, f"{path}:1")
+    assert read_examples(path, columns={"prompt": "question", "completion": "worse"}) == [Example("q", "w", f"{path}:1")]
+    assert read_prompts(path, columns={"prompt": "question"}) == ["q"]
+    assert read_prompts(path, columns={"prompt": "text"}) == ["t"]
+    swapped = read_pairs(write([STANDARD], "swapped.jsonl"), columns={"chosen": "rejected", "rejected": "chosen"})
+    assert (swapped[0].chosen, swapped[0].rejected) == (" Green.", " Blue.")
+    with pytest.raises(DataError, match=r":1: no column 'best' to take as 'chosen', only the keys 'question', 'better'"):
+        read_pairs(path, columns={"chosen": "best"})
+    with pytest.raises(ConfigError, match="no standard name 'chosn', did you mean 'chosen'\\?; allowed: prompt, chosen"):
+        read_pairs(path, columns={"chosn": "better"})
+    assert column_names(["chosen=better", "rejected=a=b"]) == {"chosen": "better", "rejected": "a=b"}
+    assert column_names([]) is None
+    for wrong in (["chosen"], ["=b"], ["chosen="], ["chosen=a", "chosen=b"]):
+        with pytest.raises(ConfigError, match=r"--columns has .*allowed are settings like chosen=better"):
+            column_names(wrong)
+
+
+def test_null_columns_and_odd_messages(write):
+    def pair(reply, **more):
+        return {"prompt": None, "messages": None, "chosen": [user("hi"), assistant("a") | more],
+                "rejected": [user("hi"), {"role": "assistant", "content": reply}], "margin": None}
+
+    parts = [{"type": "text", "text": "b"}, {"type": "text", "text": "c", "image": None}]
+    (one,) = read_pairs(write([pair(parts, name="x", tool_calls=None, function_call=None)]))
+    assert (one.prompt, one.chosen, one.rejected) == ((U("hi"),), (A("a"),), (A("bc"),))
+    assert len(read_pairs(write([pair("b", tool_calls=[])]))) == 1
+    bad = [(pair("b", tool_calls=[{"id": 1}]), "'chosen': a message with 'tool_calls' can't be used; allowed: messages"),
+           (pair([{"type": "image", "url": "u"}]), "'rejected': content with a part 'image'; allowed: text, or parts"),
+           (pair([{"text": "b"}]), "part 'without a type'"), (pair(["b"]), "part 'str'"),
+           (pair([{"type": "text", "text": 3}]), "part 'text'")]
+    for record, message in bad:
+        with pytest.raises(DataError, match=f":1: .*{message}"):
+            read_pairs(write([record]))
+    with pytest.raises(DataError, match=":1: the record has no 'chosen'"):
+        read_pairs(write([STANDARD | {"chosen": None}]))
+
+
+SHAPES = [
+    (STANDARD, "pairs", "TRL preference, standard, explicit prompt"),
+    ({"chosen": "a", "rejected": "b"}, "pairs", "TRL preference, standard, implicit prompt"),
+    ({"prompt": [], "chosen": [], "rejected": []}, "pairs", "TRL preference, conversational, explicit prompt"),
+    ({"chosen": [], "rejected": []}, "pairs", "TRL preference, conversational, implicit prompt"),
+    ({"prompt": "", "chosen": [], "rejected": [], "score_chosen": 1.0}, "pairs", "UltraFeedback-binarized"),
+    ({"prompt": "", "chosen": "", "rejected": "", "subset": "s", "id": 1}, "pairs", "RewardBench, standard"),
+    ({"prompt": [], "chosen": "", "rejected": "", "subset": "s", "id": 1}, "pairs", "RewardBench, prior sets"),
+    ({"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": ""}, "pairs", "Anthropic HH-RLHF"),
+    ({"prompt": "", "completion": "", "label": True}, "labelled", "KTO), standard"),
+    ({"prompt": [], "completion": [], "label": False}, "labelled", "KTO), conversational"),
+    ({"messages": []}, "examples", "conversations (TRL messages)"),
+    ({"prompt": "", "completion": ""}, "examples", "TRL prompt-completion, standard"),
+    ({"instruction": "", "output": ""}, "examples", "AlpacaEval outputs"),
+    ({"text": ""}, "examples", "plain text"),
+    ({"prompt": []}, "prompts", "TRL prompt-only, conversational"),
+    ({"instruction": ""}, "prompts", "AlpacaEval instructions"),
+]
+
+
+@pytest.mark.parametrize(("record", "kind", "words"), SHAPES, ids=[f"{kind}-{words[:30]}" for _, kind, words in SHAPES])
+def test_shape_of(record, kind, words):
+    found = shape_of(record, "f:1")
+    assert found[0] == kind and words in found[1]
+    if "TRL" in words and words.endswith(("standard", "conversational")):
+        from trl.data_utils import is_conversational
+
+        filled = {k: [user("a")] if v == [] else v for k, v in record.items()}
+        assert is_conversational(filled) == words.endswith("conversational")
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
+    | st.sampled_from(["user", "assistant", "text", "\n\nHuman: a\n\nAssistant: b"]),
+    lambda v: st.lists(v, max_size=3) | st.dictionaries(st.sampled_from(["role", "content", "type", "text", "tool_calls"]), v),
+    max_leaves=8)
+
+
+@given(st.dictionaries(st.sampled_from(NAMES), VALUES, max_size=5), VALUES, VALUES)
+def test_whatever_a_record_holds_is_read_or_told_in_one_line(record, chosen, rejected):
+    for read in (shape_of, to_pair, to_example, to_labelled, to_prompt):
+        for content in (record, record | {"chosen": chosen, "rejected": rejected}):
+            try:
+                read(content, "f:1", *([ReadReport()] if read is not shape_of else []))
+            except DataError as error:
+                assert str(error).startswith("f:1: ")
+
+
+TURNS = st.lists(st.tuples(st.text(max_size=5), st.text("ab", min_size=1, max_size=3)), min_size=1, max_size=3)
+
+
+@given(turns=TURNS, other=st.text("cd", min_size=1, max_size=3), system=st.booleans(), explicit=st.booleans())
+def test_conversational_pairs_split_and_unpair_as_in_trl(turns, other, system, explicit):
+    from datasets import Dataset
+    from trl.data_utils import extract_prompt, unpair_preference_dataset
+
+    prompt = [SYSTEM] * system + [m for question, answer in turns for m in (user(question), assistant(answer))][:-1]
+    record = {"chosen": [*prompt, assistant(turns[-1][1])], "rejected": [*prompt, assistant(other)]}
+    theirs = extract_prompt(record)
+    pair = to_pair(theirs if explicit else record, "f:1", ReadReport())
+    assert pair is not None
+    ours = {name: [{"role": m.role, "content": m.content} for m in getattr(pair, name)] for name in theirs}
+    assert ours == theirs
+    with tempfile.TemporaryDirectory() as folder:
+        (path := Path(folder, "d.jsonl")).write_text(json.dumps(record))
+        labelled = [{"prompt": list(map(vars, e.prompt)), "completion": list(map(vars, e.completion)), "label": e.label}
+                    for e in read_labelled(path)]
+    assert labelled == unpair_preference_dataset(Dataset.from_list([theirs])).to_list()
 
 
 @pytest.mark.parametrize("name", ["d.jsonl", "d.jsonl.gz", "d.JSONL", "d.json", "d.json.gz"])
@@ -178,7 +368,7 @@ GOOD = json.dumps(STANDARD)
         ('{"prompt": "a", "chosen": " \\n", "rejected": "c"}', r"'chosen' is an empty completion"),
         ('{"prompt": "a", "chosen": "b", "rejected": ""}', r"'rejected' is an empty completion"),
         ('{"prompt": "a", "chosen": "b", "rejected": "\\ud800"}', r"'rejected' holds half a character"),
-        ('{"prompt": "a", "chosen": "b", "rejected": "c", "margin": "x"}', r"must be numbers, not 'x'"),
+        ('{"prompt": "a", "chosen": "b", "rejected": "c", "margin": "x"}', r"must be numbers \(up to 1e300\), not 'x'"),
         ('{"prompt": "a", "chosen": "b", "rejected": "c", "margin": NaN}', r"'margin' must be a finite number"),
         ('{"chosen": [{"role": "bot", "content": "b"}], "rejected": []}', r"unknown role 'bot'; allowed: system"),
         ('{"chosen": [{"role": "user"}], "rejected": []}', r"'chosen' must hold objects with 'role' and 'content'"),
@@ -186,6 +376,8 @@ GOOD = json.dumps(STANDARD)
         ('{"chosen": [{"role": "assistant", "content": null}], "rejected": []}', r"must be text, not NoneType"),
         ('{"chosen": [{"role": "user", "content": "b"}], "rejected": [{"role": "user", "content": ""}]}', "not: user"),
         ('{"chosen": [{"role": "assistant", "content": "b"}], "rejected": "c"}', r"text and messages are mixed"),
+        ('{"prompt": "a", "chosen": "b", "rejected": "c", "score_chosen": 1' + "0" * 400 + ', "score_rejected": 1}', "1e300"),
+        ('{"prompt": 1' + "0" * 5000 + "}", "a whole number of thousands of digits"),
         ("[1, 2]", r"must be a JSON object, not list"),
         ("[" * 100_000, r"nested too deeply|Expecting value"),
     ],
@@ -205,7 +397,7 @@ def test_bad_pairs_name_their_line(write, second_line, message):
         ('{"messages": [{"role": "user", "content": "a"}]}', "no assistant turn"),
         ('{"messages": "a"}', "'messages' must be a list of messages, not str"),
         ('{"text": 3}', "'text' must be"),
-        ('{"foo": 3}', r"the keys 'foo'; allowed: messages, prompt\+completion, text, prompt\+chosen"),
+        ('{"foo": 3}', r"the keys 'foo'; allowed: messages, prompt\+completion, instruction\+output"),
         ("{}", "no keys; allowed"),
     ],
 )

@@ -114,12 +114,18 @@ def test_load_without_and_with_broken_files(tmp_path):
 
 def test_load_reads_transformers_two_other_places_for_templates(tmp_path):
     BYTES.save(tmp_path)
-    (tmp_path / "chat_template.jinja").write_text("file")
-    assert load_tokenizer(tmp_path).chat_template == "file"
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
     config["chat_template"] = [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}]
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     assert load_tokenizer(tmp_path).chat_template == "d"
+    (tmp_path / "chat_template.jinja").write_text("file")
+    assert load_tokenizer(tmp_path).chat_template == "file"  # as in transformers, it comes first
+    BYTES.save(tmp_path)
+    assert load_tokenizer(tmp_path).chat_template is None
+    for bad in (3, [3], [{"name": "x"}]):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": bad}))
+        with pytest.raises(DataError, match="chat_template must be a string or a list"):
+            load_tokenizer(tmp_path)
 
 
 def test_a_bare_model_finds_its_markers(tmp_path):
@@ -155,14 +161,22 @@ def test_markers_that_could_not_be_spelt_out_are_refused(markers):
             make(markers)
 
 
-def test_models_with_a_dummy_prefix_are_refused():
+@pytest.mark.parametrize("lacking", [
+    {"add_dummy_prefix": True}, {"model_type": "unigram"}, {"byte_fallback": False}, {"normalization_rule_name": "nfkc"},
+    {"remove_extra_whitespaces": True}])  # fmt: skip
+def test_models_that_change_texts_are_refused_by_name(lacking):
     import io
 
     import sentencepiece
 
+    exact = {"model_type": "bpe", "byte_fallback": True, "normalization_rule_name": "identity", "add_dummy_prefix": False,
+             "remove_extra_whitespaces": False}  # fmt: skip
     writer = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(TEXTS), model_writer=writer, vocab_size=60, model_type="bpe", minloglevel=2
-    )
-    with pytest.raises(DataError, match="add_dummy_prefix=False"):
+        sentence_iterator=iter(TEXTS), model_writer=writer, vocab_size=300 if "byte_fallback" not in lacking else 40,
+        minloglevel=2, hard_vocab_limit=False, **(exact | lacking),
+    )  # fmt: skip
+    (name,) = lacking
+    with pytest.raises(DataError, match=rf"was not trained with {name}={exact[name]}; allowed: that, or a tok") as error:
         SentencePieceTokenizer(writer.getvalue())
+    assert "\n" not in str(error.value)

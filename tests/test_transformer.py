@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xalign import AutoregressiveWrapper, Decoder, TransformerWrapper
-from xalign.nn.attention import rotary_angles
+from xalign.nn.attention import Prefix
+from xalign.nn.rotary import rotary_angles
 
 OPTIONS = {
     "defaults": {},
@@ -28,6 +29,19 @@ OPTIONS = {
     "exact width": {"ff_inner_dim": 50, "norm_eps": 1e-3},
     "flash": {"attn_flash": True},
     "flash alibi": {"attn_flash": True, "alibi_pos_bias": True},
+    "tanh gelu": {"ff_gelu_tanh": True, "ff_glu": True},
+    "window": LLAMA | {"attn_sliding_window": 4},
+    "window of one": {"attn_sliding_window": 1},
+    "window wider than the text": LLAMA | {"attn_sliding_window": 40},
+    "window with alibi, grouped": {"attn_sliding_window": 3, "alibi_pos_bias": True, "attn_kv_heads": 2, "attn_flash": True},
+    "linear rotary": LLAMA | {"rotary_scaling": {"rope_type": "linear", "factor": 3.0}},
+    "llama3 rotary, window": LLAMA | {"attn_sliding_window": 5, "rotary_scaling": {
+        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 16}},
+    "yarn, partial": LLAMA | {"rotary_dim": 6, "rotary_base": 50.0, "rotary_scaling": {
+        "rope_type": "yarn", "factor": 4.0, "beta_fast": 2.0, "original_max_position_embeddings": 8}},
+    "dynamic rotary": LLAMA | {"rotary_scaling": {"rope_type": "dynamic", "factor": 2.0,
+                                                  "original_max_position_embeddings": 25}},
     "dropouts, in eval": {"emb_dropout": 0.1, "attn_dropout": 0.2, "ff_dropout": 0.3},
 }
 EVERY = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
@@ -197,6 +211,28 @@ def test_any_chain_of_chunks_with_any_mask(name, chunks, seed):
             close(out[m], model(row[m][None])[0])
 
 
+def test_a_window_hides_what_is_further_back():
+    """One layer: a token sees itself and the window - 1 before it, counted in real tokens, wherever the padding is."""
+    model, tokens = tiny(**LLAMA, depth=1, attn_sliding_window=3), ids(1, 8)
+    changed = tokens.clone()
+    changed[0, 2] = (changed[0, 2] + 1) % 17
+    moved = (model(tokens) - model(changed)).abs().amax(-1)[0] > 1e-6
+    assert moved.tolist() == [False, False, True, True, True, False, False, False]
+    holes = torch.tensor([[True, True, True, False, True, False, False, True]])
+    moved = (model(tokens, mask=holes) - model(changed, mask=holes)).abs().amax(-1)[0] > 1e-6
+    assert moved[holes[0]].tolist() == [False, False, True, True, True]
+
+
+def test_no_mask_is_built_while_all_fits_in_the_window():
+    """The fast path: attention gets a mask only where the window (or padding) hides something."""
+    layers = tiny(**LLAMA, attn_sliding_window=4).attn_layers
+    cache = Prefix([torch.zeros(1)], [torch.zeros(1)], None, 3)
+    for n, behind, masked in ((4, None, False), (5, None, True), (4, cache, False), (5, cache, True)):
+        context = layers.context(torch.arange(n)[None], None, behind)
+        assert (context.bias is not None) == masked
+        assert context.causal == (behind is None and not masked)
+
+
 # ---- numbers
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -322,6 +358,19 @@ def test_an_unknown_option_is_a_type_error_with_its_nearest_neighbour(call, mess
         call()
 
 
+def scaled(kind="linear", rotary_pos_emb=True, **fields):
+    return {"rotary_pos_emb": rotary_pos_emb, "rotary_scaling": {"rope_type": kind, "factor": 2.0} | fields}
+
+
+@pytest.mark.parametrize("fields, words", [
+    ({"factor": 2.0}, "rope_type is None"), ({"rope_type": "linear"}, "factor is missing"),
+    ({"rope_type": "yarn", "factor": 2.0}, "original_max_position_embeddings is missing"),
+    ({"rope_type": "linear", "factor": 2.0, "fctor": 1}, "did you mean 'factor'")])
+def test_rotary_scaling_names_a_missing_or_unknown_field(fields, words):
+    with pytest.raises(ValueError, match=words):
+        Decoder(dim=8, depth=1, rotary_pos_emb=True, rotary_scaling=fields)
+
+
 @pytest.mark.parametrize("options, word", [
     ({"heads": 4, "attn_kv_heads": 3}, "divisor"), ({"attn_kv_heads": 0}, "attn_kv_heads"), ({"depth": 0}, "depth"),
     ({"dim": 0}, "dim"), ({"dim": 8.5}, "dim"), ({"heads": -1}, "heads"), ({"attn_dim_head": 0}, "attn_dim_head"),
@@ -330,7 +379,15 @@ def test_an_unknown_option_is_a_type_error_with_its_nearest_neighbour(call, mess
     ({"rotary_pos_emb": True, "alibi_pos_bias": True}, "one of them"), ({"ff_mult": 0}, "ff_mult"),
     ({"rotary_pos_emb": True, "attn_dim_head": 7}, "even"), ({"ff_inner_dim": 0}, "ff_inner_dim"),
     ({"norm_eps": 0.0}, "norm_eps"),
-    ({"rotary_base": -1.0}, "rotary_base"),
+    ({"rotary_base": -1.0}, "rotary_base"), ({"attn_sliding_window": 0}, "attn_sliding_window"),
+    ({"ff_swish": True, "ff_gelu_tanh": True}, "one of them"), (scaled(rotary_pos_emb=False), "allowed is both"),
+    (scaled("longrope"), "rope_type is 'longrope'"), (scaled(factor=None), "factor is None"),
+    (scaled(factor=0.5), "factor is 0.5"), (scaled(factor=math.inf), "factor is inf"), (scaled(factor=True), "factor is True"),
+    (scaled("dynamic", original_max_position_embeddings=8.0), "original_max_position_embeddings is 8.0"),
+    (scaled("yarn", original_max_position_embeddings=8, beta_fast=1, beta_slow=2), "beta_fast is 1, allowed is a number > "),
+    (scaled("yarn", original_max_position_embeddings=8, truncate=1), "truncate is 1, allowed is True or False"),
+    (scaled("yarn", original_max_position_embeddings=8, mscale=-1), "mscale is -1"),
+    (scaled("yarn", original_max_position_embeddings=8) | {"rotary_base": 1.0}, "rotary_base is 1.0"),
 ])
 def test_configuration_errors_name_the_option_and_what_is_allowed(options, word):
     with pytest.raises(ValueError, match=word) as error:

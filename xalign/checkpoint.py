@@ -9,19 +9,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
-from xalign import hf
+from xalign import hf, hub
 from xalign.dpo import DPO, unwrap
 from xalign.errors import CheckpointError
+from xalign.families import Layout
 from xalign.nn.transformer import TransformerWrapper
+from xalign.tokenizer_json import FILES as TOKENIZER_FILES
 from xalign.tokenizers import Tokenizer, load_tokenizer
+from xalign.weights import INDEX, SHARD, SINGLE, load_weights, save_weights
 
-# what a checkpoint folder may hold: a folder with anything else is never replaced
-OWN = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.model", "tokenizer_config.json", "training"}
-WEIGHTS, CONFIG, STATE = "model.safetensors", "config.json", "training/state.pt"
+CONFIG, GENERATION, STATE = "config.json", "generation_config.json", "training/state.pt"
+# What a save replaces, whoever wrote it (we, transformers, the hub): a mixture of two models' files would load as a third.
+OWN = {CONFIG, GENERATION, SINGLE, INDEX, "training", *TOKENIZER_FILES, "chat_template.json"}
+# What people write about a model stays beside its new weights. A folder with anything else (pickled weights too: the only
+# copy, maybe) is never replaced.
+KEPT = {"README.md", "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", ".gitattributes"}
 
 
 def write_atomically(path: str | os.PathLike, data: str | bytes) -> None:
@@ -40,9 +46,12 @@ def write_atomically(path: str | os.PathLike, data: str | bytes) -> None:
 
 @contextmanager
 def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
-    """A folder to fill that appears under its name only when the block has ended well; it replaces an older one."""
+    """A folder to fill that appears under its name only when the block has ended well; it replaces an older one.
+
+    Raises `CheckpointError` where there is something else than a checkpoint; a model card and a licence move in.
+    """
     path = Path(path).resolve()
-    foreign = sorted({p.name for p in path.iterdir()} - OWN) if path.is_dir() else []
+    foreign = sorted(p.name for p in path.iterdir() if not _is_own(p)) if path.is_dir() else []
     if foreign or (path.exists() and not path.is_dir()):
         what = f"holds {foreign[0]!r}, which is no part of a checkpoint" if foreign else "is a file"
         raise CheckpointError(f"{path} {what}: allowed is a new folder, or a checkpoint's to replace")
@@ -57,6 +66,8 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
     temporary.mkdir()
     try:
         yield temporary
+        for kept in (p for p in path.glob("*") if p.name in KEPT):
+            shutil.copy2(kept, temporary)
         if path.exists():
             path.rename(old)
         temporary.rename(path)
@@ -67,6 +78,10 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
             shutil.rmtree(leftover, ignore_errors=True)
 
 
+def _is_own(entry: Path) -> bool:
+    return entry.name in OWN or bool(SHARD.fullmatch(entry.name)) or (entry.name in KEPT and entry.is_file())
+
+
 def _network(model: nn.Module) -> TransformerWrapper:
     network = unwrap(model.policy_model if isinstance(model, DPO) else model)
     if not isinstance(network, TransformerWrapper):
@@ -75,19 +90,26 @@ def _network(model: nn.Module) -> TransformerWrapper:
 
 
 def save_pretrained(model: nn.Module, path: str | os.PathLike, tokenizer: Tokenizer | None = None,
-                    state: dict[str, Any] | None = None) -> None:
-    """Write a checkpoint folder, whole or not at all; wrappers are unwrapped, `state` goes to training/state.pt."""
+                    state: dict[str, Any] | None = None, max_shard_size: int = 5 * 10**9) -> None:
+    """Write a checkpoint folder, whole or not at all; wrappers are unwrapped, `state` goes to training/state.pt.
+
+    Weights of more than `max_shard_size` bytes become shards with an index. Raises `CheckpointError` for a folder that holds
+    something else than a checkpoint, and when the disk is full.
+    """
     network = _network(model)
     with atomic_folder(path) as folder:
-        config, tensors = hf.to_hf(network, tokenizer)
+        config, layout = hf.to_hf(network, tokenizer)
         write_atomically(folder / CONFIG, json.dumps(config, indent=2) + "\n")
         try:
-            save_file({k: v.detach().contiguous() for k, v in tensors.items()}, folder / WEIGHTS, metadata={"format": "pt"})
+            written = save_weights(network, folder, layout, max_shard_size)
         except SafetensorError as error:  # its way to say that the disk is full
             raise CheckpointError(f"{path} can't be written ({error})") from error
-        (folder / WEIGHTS).chmod((folder / CONFIG).stat().st_mode)  # safetensors lets only the owner read
-        ends = {k: config[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id") if config[k] is not None}
-        write_atomically(folder / "generation_config.json", json.dumps(ends, indent=2) + "\n")
+        for file in written:
+            file.chmod((folder / CONFIG).stat().st_mode)  # safetensors lets only the owner read
+        ends = {k: config[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id") if config.get(k) is not None}
+        if tokenizer is not None and (more := set(tokenizer.stop_ids) - {tokenizer.eos_id}):
+            ends["eos_token_id"] = [*([tokenizer.eos_id] if tokenizer.eos_id is not None else []), *sorted(more)]
+        write_atomically(folder / GENERATION, json.dumps(ends, indent=2) + "\n")
         if tokenizer is not None:
             tokenizer.save(folder)
         if state is not None:
@@ -106,55 +128,50 @@ def load_state(path: str | os.PathLike) -> dict[str, Any]:
         raise CheckpointError(f"{path}: no usable training state ({str(error).splitlines()[0]})") from error
 
 
-def load_pretrained(path: str | os.PathLike, dtype: str | torch.dtype | None = None,
-                    device: str | torch.device | None = None) -> tuple[TransformerWrapper, Tokenizer | None]:
-    """A model and its tokenizer (None where the folder has none) from a checkpoint folder, in eval mode.
+class _NoDraws(TorchFunctionMode):
+    """Leave new weights as they are: on the meta device torch draws through sympy, 0.7 s and 80 MB for nothing."""
 
-    `dtype` None keeps the file's. Raises `CheckpointError` for a missing or damaged folder, tensors of another shape,
-    missing or unknown ones, and values that are not finite.
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return kwargs["tensor"] if func is nn.init.normal_ else func(*args, **(kwargs or {}))
+
+
+def load_pretrained(path: str | os.PathLike, dtype: str | torch.dtype | None = None,
+                    device: str | torch.device | None = None, *, allow_pickle: bool = False,
+                    revision: str | None = None) -> tuple[TransformerWrapper, Tokenizer | None]:
+    """A model and its tokenizer (None where the folder has none) from a folder or a hub's `owner/name`, in eval mode.
+
+    `dtype` None keeps the file's; `revision` is a branch, tag or commit on the hub. Weights are safetensors, one file or
+    shards; pickled ones only with `allow_pickle`, and then without running their code. The peak of memory is about one copy
+    of the weights in `dtype`. Raises `CheckpointError` for a missing or damaged folder, tensors of another shape or kind,
+    missing or unknown ones, values that are not finite, an architecture that is not supported, and trouble with the hub.
     """
-    folder = Path(path)
     wanted = hf.torch_dtype(dtype)
-    if not (folder / WEIGHTS).exists() and (folder / "policy" / CONFIG).is_file():
+    model, layout, folder = outline(path, allow_pickle=allow_pickle, revision=revision)
+    tokenizer = load_tokenizer(folder)  # before the weights: what is wrong with it is told at once
+    load_weights(model, folder, layout, wanted, device, allow_pickle)
+    return model.eval(), tokenizer
+
+
+def outline(path: str | os.PathLike, *, allow_pickle: bool = False,
+            revision: str | None = None) -> tuple[TransformerWrapper, Layout, Path]:
+    """A checkpoint's model on the meta device, without weights, with their layout and the folder; see `load_pretrained`."""
+    folder = Path(path)
+    if hub.is_hub_name(str(path)):
+        folder = hub.model_folder(str(path), revision, allow_pickle=allow_pickle)
+    elif revision is not None:
+        raise CheckpointError(f"{path} is a folder, and revision is {revision!r}: allowed is a hub's name, or no revision")
+    if not (folder / SINGLE).exists() and (folder / "policy" / CONFIG).is_file():
         raise CheckpointError(f"{path} is a run's folder, allowed is a model's: {folder / 'policy'}")
     if not (folder / CONFIG).is_file():
         raise CheckpointError(f"{path}: no {CONFIG} there, allowed is a folder in Hugging Face layout")
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        with torch.device("meta"):  # no memory, no draws: the file's tensors take these places
-            model, names = hf.from_hf(config, str(folder / CONFIG))
+        with _NoDraws(), torch.device("meta"):  # no memory: the file's tensors take these places
+            model, layout = hf.from_hf(config, str(folder / CONFIG))
     except CheckpointError:
         raise
     except json.JSONDecodeError as error:
         raise CheckpointError(f"{folder / CONFIG}:{error.lineno}: no JSON ({error.msg})") from error
     except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RuntimeError) as error:
         raise CheckpointError(f"{folder / CONFIG}: missing or wrong field ({error})") from error
-    load_weights(model, folder / WEIGHTS, names)
-    return model.to(device=device, dtype=wanted or model.token_emb.weight.dtype).eval(), load_tokenizer(folder)
-
-
-def load_weights(model: nn.Module, path: Path, names: dict[str, str]) -> None:
-    """Put the tensors of a safetensors file into a model; `names` maps the model's names to the file's."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            present = set(file.keys())
-            wanted = set(names.values())
-            for problem, keys in (("lacks", wanted - present), ("has the unknown", present - wanted)):
-                if keys:
-                    more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
-                    raise CheckpointError(f"{path}: {problem} tensor {min(keys)}{more}")
-            tensors = {name: file.get_tensor(key) for name, key in names.items()}
-    except CheckpointError:
-        raise
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: can't be read as safetensors ({error})") from error
-    for name, parameter in model.state_dict().items():
-        tensor = tensors[name]
-        if tensor.shape != parameter.shape:
-            raise CheckpointError(f"{path}: {names[name]} has shape {tuple(tensor.shape)}, allowed is the shape that "
-                                  f"{CONFIG} gives, {tuple(parameter.shape)}")
-        if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-            raise CheckpointError(f"{path}: {names[name]} is {tensor.dtype}, allowed is float32, bfloat16 or float16")
-        if not bool(tensor.isfinite().all()):
-            raise CheckpointError(f"{path}: {names[name]} holds values that are not finite (NaN or infinity)")
-    model.load_state_dict(tensors, assign=True)
+    return model, layout, folder

@@ -1,5 +1,8 @@
 """The command line: `xalign COMMAND ...`; a user's mistake is one line on stderr and exit status 2."""
 
+import contextlib
+import itertools
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -36,29 +39,67 @@ def _generate(arguments: Sequence[str], program: str) -> None:
     run_generate(config)
 
 
+def _inspect(arguments: Sequence[str], program: str) -> None:
+    from xalign.config import InspectConfig, parse
+
+    # the file needs no flag: it is what is neither a flag, nor a flag's value, nor a column's setting
+    before = ["", *arguments]
+    free = [not a.startswith("-") and "=" not in a and (not b.startswith("--") or "=" in b)
+            for a, b in zip(arguments, before, strict=False)]
+    if sum(free) > 1:
+        raise ConfigError(f"several files are given ({', '.join(itertools.compress(arguments, free))}), allowed is one")
+    arguments = [f"--dataset={a}" if is_file else a for a, is_file in zip(arguments, free, strict=True)]
+    config = parse(InspectConfig, arguments, program)
+    from xalign.inspection import run_inspect
+
+    run_inspect(config)
+
+
 COMMANDS: dict[str, tuple[Callable[[Sequence[str], str], None], str]] = {
     "sft": (_sft, "train a model to imitate text or conversations"),
     "dpo": (_dpo, "align a model with preference pairs (train_dpo.py)"),
     "generate": (_generate, "continue prompts with a trained model (generate.py)"),
+    "data inspect": (_inspect, "show what a file of records holds and what training would make of it"),
 }
 
 
 def guarded(function: Callable[..., Any], *arguments: Any) -> None:
     """Run a program: a user's mistake becomes one line and its exit status, never a traceback."""
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        if status := _status(function, *arguments):
+            sys.exit(status)
+        return
+    status = _status(_joined, function, *arguments)
+    with contextlib.suppress(OSError, ValueError):  # nobody may be there to read
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(status)  # see xalign/distributed.py
+
+
+def _joined(function: Callable[..., Any], *arguments: Any) -> None:
+    """Run a program as one of torchrun's processes."""
+    from xalign.distributed import joined
+
+    with joined():
+        function(*arguments)
+
+
+def _status(function: Callable[..., Any], *arguments: Any) -> int:
     try:
         function(*arguments)
+        return 0
     except XalignError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(error.exit_status)
+        return error.exit_status
     except KeyboardInterrupt:
         print("stopped; finished stages and checkpoints are kept, the same command goes on", file=sys.stderr)
-        sys.exit(130)
+        return 130
     except BrokenPipeError:
         sys.stderr.close()  # the reader of our output has gone, there is nobody to tell
-        sys.exit(141)
+        return 141
     except OSError as error:
         print(f"error: {error.filename or 'system'}: {error.strerror or error}", file=sys.stderr)
-        sys.exit(2)
+        return 2
 
 
 def main(arguments: Sequence[str] | None = None, command: str | None = None) -> None:
@@ -68,13 +109,14 @@ def main(arguments: Sequence[str] | None = None, command: str | None = None) -> 
         return guarded(COMMANDS[command][0], arguments, sys.argv[0].rsplit("/", 1)[-1])
     if not arguments or arguments[0] in ("-h", "--help"):
         print("usage: xalign COMMAND [OPTIONS]      (xalign COMMAND --help lists the options)\n")
-        print("\n".join(f"  {name:10} {text}" for name, (_, text) in COMMANDS.items()))
+        print("\n".join(f"  {name:14} {text}" for name, (_, text) in COMMANDS.items()))
         return None
     return guarded(_dispatch, arguments)
 
 
 def _dispatch(arguments: list[str]) -> None:
-    name = arguments[0]
+    words = next((n for n in (2, 1) if " ".join(arguments[:n]) in COMMANDS), 1)
+    name = " ".join(arguments[:words])
     if name == "--version":
         from xalign import __version__
 
@@ -82,7 +124,7 @@ def _dispatch(arguments: list[str]) -> None:
         return
     if name not in COMMANDS:
         raise ConfigError(f"no command {name!r}{nearest(name, COMMANDS)}; allowed are {', '.join(COMMANDS)}")
-    COMMANDS[name][0](arguments[1:], f"xalign {name}")
+    COMMANDS[name][0](arguments[words:], f"xalign {name}")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,8 @@ def run_generate(config: GenerateConfig) -> None:
     options, draw = config.prompt, config.sampling
     params = SamplingParams(**{name: getattr(draw, name) for name in SamplingParams.__dataclass_fields__})
     prompts = [as_prompt(p, options) for p in gather(options)]
-    model, tokenizer = load_model(options.model, draw.dtype, choose_device(draw.device))
+    model, tokenizer = load_model(options.model, draw.dtype, choose_device(draw.device), allow_pickle=options.allow_pickle,
+                                  revision=options.revision)
     backend = NativeBackend(model, tokenizer, draw.batch_size)
     if len(prompts) == 1 and params.n == params.beams == 1 and not options.json:
         for piece in backend.stream(prompts[0], params):

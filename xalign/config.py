@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from xalign.backends.base import SamplingParams
 from xalign.errors import ConfigError, nearest
 
 C = TypeVar("C")
@@ -23,7 +24,8 @@ FREE = ("--prompt", "--system")  # flags whose value is any text
 # the least and the largest value of a setting; those of the loss and of the draws are told by their own modules
 LIMITS: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("dim", "depth", "heads", "kv_heads", "vocab_size", "batch_size", "sft_batch_size",
-                     "gradient_accumulation_steps", "eval_prompts", "eval_samples", "eval_max_new_tokens"), (1, math.inf)),
+                     "gradient_accumulation_steps", "eval_prompts", "eval_samples", "eval_max_new_tokens",
+                     "limit"), (1, math.inf)),
     **dict.fromkeys(("learning_rate", "sft_learning_rate", "num_train_epochs", "sft_epochs"), (1e-12, math.inf)),
     **dict.fromkeys(("warmup_steps", "sft_warmup_steps", "weight_decay", "max_grad_norm", "logging_steps", "eval_steps",
                      "save_steps", "seed"), (0, math.inf)),
@@ -37,9 +39,15 @@ class ModelOptions:
     """Which model to start from, or the shape of one trained from scratch."""
 
     model: str | None = None
-    """Folder of a trained model; none: a tokenizer and a model are trained from scratch first."""
+    """Folder of a trained model, or its name on the Hugging Face hub; none: a tokenizer and a model are trained from
+    scratch first, of the shape below."""
+    revision: str | None = None
+    """Branch, tag or commit of a model from the hub; none: its main branch."""
+    allow_pickle: bool = False
+    """Also load a model whose weights are pickled (by torch's weights_only reader)."""
     vocab_size: int = 1024
-    """Pieces of the SentencePiece tokenizer that is trained (fewer where the text has fewer)."""
+    """Pieces of the SentencePiece tokenizer that is trained (fewer where the text has fewer), on 10 million characters
+    at most, taken evenly from the text."""
     dim: int = 128
     """Width of the hidden states."""
     depth: int = 4
@@ -73,11 +81,14 @@ class PreferenceDataOptions:
     """Preference pairs, and the text for the model from scratch."""
 
     dataset: str | None = None
-    """File of preference pairs (.jsonl, .jsonl.gz, .json); none: the embedded toy world."""
+    """Preference pairs: a file (.jsonl, .json, each also .gz, .parquet), or a name on the Hugging Face hub (owner/name,
+    owner/name:split); none: the embedded toy world."""
     eval_dataset: str | None = None
-    """Held-out pairs; none: the toy world's, or a seeded tenth of the dataset's prompts."""
+    """Held-out pairs, the first 5,000 at most; none: the toy world's, or a seeded tenth of the dataset's prompts."""
     sft_dataset: str | None = None
     """Text to imitate before alignment; none: the toy world's corpus, or the chosen side of the pairs."""
+    columns: tuple[str, ...] = ()
+    """Names of the files' columns where they differ from ours: chosen=better rejected=worse."""
     max_length: int = 512
     """Tokens of prompt and completion together."""
     truncation_mode: Literal["keep_end", "keep_start"] = "keep_end"
@@ -97,7 +108,7 @@ class LossOptions:
     label_smoothing: float = 0.0
     """Probability that a label is flipped, in [0, .5)."""
     ref_model: str | None = None
-    """Folder of the reference; none: a frozen copy of the model before training."""
+    """Folder of the reference, or its name on the hub; none: a frozen copy of the model before training."""
     precompute_ref_log_probs: bool = True
     """Run the reference over all pairs once, before training."""
 
@@ -157,7 +168,7 @@ class RunOptions:
     overwrite: bool = False
     """Start anew in a folder that holds a run."""
     dry_run: bool = False
-    """Show one rendered, tokenised and masked record and the parameter count, then stop."""
+    """Show one rendered, tokenised and masked record, the parameter count and the memory that the run needs, then stop."""
 
 
 @dataclass(frozen=True)
@@ -190,11 +201,14 @@ class SFTDataOptions:
     """Text, prompt+completion, conversations, or the chosen side of preference pairs."""
 
     dataset: tuple[str, ...] = ()
-    """Files (.txt with a document a line, .jsonl, .jsonl.gz, .json); none: the embedded corpus."""
+    """Files (.txt with a document a line, .jsonl, .json, each also .gz, .parquet) or names on the Hugging Face hub; none:
+    the embedded corpus."""
     dataset_weights: tuple[float, ...] = ()
     """How often an epoch visits each file; none: once each."""
     eval_dataset: str | None = None
-    """Held-out file; none: a seeded twentieth of the data."""
+    """Held-out file, its first 5,000 examples at most; none: a seeded twentieth of the data."""
+    columns: tuple[str, ...] = ()
+    """Names of the files' columns where they differ from ours: prompt=question completion=answer."""
     max_length: int = 512
     """Tokens a record."""
     truncation_mode: Literal["keep_end", "keep_start"] = "keep_start"
@@ -217,7 +231,11 @@ class PromptOptions:
     """What to continue."""
 
     model: str = "runs/demo/policy"
-    """Folder of a trained model."""
+    """Folder of a trained model, or its name on the Hugging Face hub."""
+    revision: str | None = None
+    """Branch, tag or commit of a model from the hub; none: its main branch."""
+    allow_pickle: bool = False
+    """Also load a model whose weights are pickled (by torch's weights_only reader)."""
     prompt: str | None = None
     """One prompt (also -p); none: --prompts, or standard input."""
     prompts: str | None = None
@@ -231,31 +249,9 @@ class PromptOptions:
 
 
 @dataclass(frozen=True)
-class SamplingOptions:
+class SamplingOptions(SamplingParams):
     """How to draw; without any of these: temperature 1, unfiltered."""
 
-    temperature: float = 1.0
-    """0 is greedy."""
-    top_k: int | None = None
-    """Keep the k likeliest tokens."""
-    top_p: float | None = None
-    """Keep the smallest set of tokens with this mass."""
-    min_p: float | None = None
-    """Keep tokens at least this many times as likely as the likeliest."""
-    repetition_penalty: float = 1.0
-    """Divide the logits of tokens seen; 1 changes nothing."""
-    max_new_tokens: int = 256
-    """Length of a completion at most."""
-    n: int = 1
-    """Completions a prompt."""
-    stop: tuple[str, ...] = ()
-    """Strings that end a completion (and are no part of it)."""
-    seed: int | None = None
-    """Seed of the draws; none: another text each time."""
-    beams: int = 1
-    """Beam search of this width instead of sampling."""
-    length_penalty: float = 1.0
-    """Exponent of the length in a beam's score."""
     batch_size: int = 64
     """Rows that run together."""
     device: str | None = None
@@ -270,6 +266,33 @@ class GenerateConfig:
 
     prompt: PromptOptions = field(default_factory=PromptOptions)
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
+
+
+@dataclass(frozen=True)
+class InspectOptions:
+    """What to look at."""
+
+    dataset: str | None = None
+    """The file, also as the first argument (.jsonl, .json, .txt, each also with .gz; .parquet), or a hub name."""
+    columns: tuple[str, ...] = ()
+    """Names of the file's columns, such as chosen=better rejected=worse."""
+    limit: int | None = None
+    """Records to look at; none: all."""
+    tokenizer: str | None = None
+    """Folder of the tokenizer (a trained model's) to count tokens with; none: characters are counted."""
+    max_length: int | None = None
+    """Show what truncation to so many tokens would cut and drop."""
+    truncation_mode: Literal["keep_end", "keep_start"] | None = None
+    """Which part of a record that is too long stays; none: as the training programs do by default."""
+    color: Literal["auto", "always", "never"] = "auto"
+    """Colours; auto: on a terminal, unless NO_COLOR is set."""
+
+
+@dataclass(frozen=True)
+class InspectConfig:
+    """Show what a file of records holds: its format, flaws, lengths, duplicates, and one record as training sees it."""
+
+    data: InspectOptions = field(default_factory=InspectOptions)
 
 
 def flatten(config: Any) -> dict[str, Any]:
@@ -306,7 +329,7 @@ def parse(kind: type[C], arguments: Sequence[str], program: str, short: dict[str
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
-        raise ConfigError(_one_line(refused.getvalue())) from None
+        raise ConfigError(re.sub(r"^Error parsing \w+: ", "", _one_line(refused.getvalue()))) from None
     for name, value in flatten(config).items():
         _check("--" + name.replace("_", "-"), value, LIMITS.get(name))
     if print_config:

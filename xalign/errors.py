@@ -38,6 +38,12 @@ class Interrupted(XalignError):
     exit_status = 130
 
 
+class ProcessLost(XalignError):
+    """Another process of a run by torchrun has ended; the message says how to go on."""
+
+    exit_status = 1
+
+
 class UnknownOption(XalignError, TypeError):
     """A keyword argument that does not exist."""
 

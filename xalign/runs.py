@@ -14,6 +14,7 @@ from typing import IO, Any
 
 from torch import nn
 
+from xalign import distributed
 from xalign.checkpoint import load_pretrained, load_state, save_pretrained, write_atomically
 from xalign.errors import CheckpointError, XalignError
 from xalign.nn.transformer import TransformerWrapper
@@ -25,7 +26,10 @@ LEFTOVER = re.compile(r"\..+\.\d+\.(tmp|old)")  # what a killed process leaves o
 
 
 class RunFolder:
-    """A folder `runs/<name>` with `config.json`, `metrics.jsonl`, `samples.jsonl`, `checkpoint-N/` and `latest`."""
+    """A folder `runs/<name>` with `config.json`, `metrics.jsonl`, `samples.jsonl`, `checkpoint-N/` and `latest`.
+
+    Of several processes rank 0 alone owns and writes it; the others call the same methods, and read.
+    """
 
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
@@ -50,6 +54,14 @@ class RunFolder:
         Raises `CheckpointError` if a live process holds it, if its configuration is another one (`overwrite` starts it
         anew), or if it holds something else. The same configuration resumes.
         """
+        try:
+            distributed.once(lambda: self._claim(config, overwrite))
+        except BaseException:
+            if self._lock is not None:
+                self._lock.close()
+            raise
+
+    def _claim(self, config: dict[str, Any], overwrite: bool) -> None:
         old = self.path / CONFIG
         try:
             if self.path.exists() and not self.path.is_dir():
@@ -95,6 +107,8 @@ class RunFolder:
 
     def log(self, file: str, record: dict[str, Any], prefix: str = "") -> None:
         """Append a record to `metrics.jsonl` or `samples.jsonl`, and metrics to wandb where it is on."""
+        if distributed.rank():
+            return
         with open(self.path / file, "a", encoding="utf-8") as f:
             f.write(json.dumps(strict(record), ensure_ascii=False) + "\n")
         if self.wandb is not None and file == METRICS:
@@ -102,6 +116,8 @@ class RunFolder:
 
     def rewind(self, step: int) -> None:
         """Forget log lines after `step` (-1: all), and a last line that was cut off: the resumed run writes them again."""
+        if distributed.rank():
+            return
         for file in (METRICS, SAMPLES):
             path = self.path / file
             if path.exists():
@@ -115,6 +131,9 @@ class RunFolder:
 
     def save(self, step: int, model: nn.Module, tokenizer: Tokenizer | None, state: dict[str, Any]) -> Path:
         """Write `checkpoint-<step>` whole, point `latest` to it, then drop old ones."""
+        return distributed.once(lambda: self._save(step, model, tokenizer, state))
+
+    def _save(self, step: int, model: nn.Module, tokenizer: Tokenizer | None, state: dict[str, Any]) -> Path:
         folder = self.path / f"checkpoint-{step}"
         save_pretrained(model, folder, tokenizer, state)
         write_atomically(self.path / LATEST, folder.name + "\n")
@@ -123,16 +142,31 @@ class RunFolder:
         return folder
 
     def restore(self) -> tuple[TransformerWrapper, dict[str, Any]] | None:
-        """Model and state of the newest usable checkpoint; a damaged one is passed over with a warning."""
-        for folder in self.checkpoints():
-            try:
-                return load_pretrained(folder)[0], load_state(folder)
-            except XalignError as error:
-                print(f"warning: {error}; going back to what was before {folder.name}", file=sys.stderr)
-        return None
+        """Model and state of the newest usable checkpoint; a damaged one is passed over with a warning.
+
+        Rank 0 decides which one that is, for all.
+        """
+        loaded: list[tuple[TransformerWrapper, dict[str, Any]]] = []
+
+        def usable() -> Path | None:
+            for folder in self.checkpoints():
+                try:
+                    loaded.append((load_pretrained(folder)[0], load_state(folder)))
+                    return folder
+                except XalignError as error:
+                    print(f"warning: {error}; going back to what was before {folder.name}", file=sys.stderr)
+            return None
+
+        folder = distributed.once(usable)
+        if folder is None:
+            return None
+        return loaded[0] if loaded else (load_pretrained(folder)[0], load_state(folder))
 
     def start_wandb(self, name: str, config: dict[str, Any]) -> None:
         """Log to wandb too; with WANDB_MODE=offline nothing leaves the machine. A resumed run continues its own."""
+        distributed.once(lambda: self._start_wandb(name, config))
+
+    def _start_wandb(self, name: str, config: dict[str, Any]) -> None:
         import wandb
 
         identity = self.path / "wandb-id"

@@ -1,79 +1,39 @@
 """The stages that the training programs are made of: data, tokenizer and model from scratch, imitation, reference."""
 
-import random
-import sys
-from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
-from torch import nn
 
+from xalign import distributed
 from xalign.checkpoint import load_pretrained
-from xalign.config import ModelOptions, PreferenceDataOptions, RunOptions, SFTOptions, TrainingOptions
+from xalign.config import ModelOptions, RunOptions, SFTOptions, TrainingOptions
 from xalign.data import toyworld
 from xalign.data.chat_template import DEFAULT_TEMPLATE, ROLE_MARKERS
-from xalign.data.collate import EncodedExample, Schedule, TruncationReport, collate_examples, encode_example, truncate_example
-from xalign.data.records import Example, PreferencePair, Text
-from xalign.data.sources import ReadReport, pair_to_example, read_examples, read_pairs
-from xalign.errors import CheckpointError, ConfigError, DataError
-from xalign.logprobs import scored_logprobs
-from xalign.nn.decoding import evaluating
+from xalign.data.collate import EncodedExample, Schedule, collate_examples
+from xalign.data.records import Text
+from xalign.data.store import Store
+from xalign.errors import CheckpointError, ConfigError
+from xalign.evaluation.metrics import mean_nll
 from xalign.nn.transformer import Decoder, TransformerWrapper
 from xalign.objectives import SFT
+from xalign.prepare import say
 from xalign.runs import RunFolder
 from xalign.tokenizers import Tokenizer, train_sentencepiece
 from xalign.training import LoopOptions, autocast, train
 
-T = TypeVar("T")
-EMBEDDED = Path(__file__).resolve().parent.parent / "data"
-
-
-def say(text: str) -> None:
-    """A line of progress, on stderr: stdout is for answers."""
-    print(text, file=sys.stderr, flush=True)
+# Characters that a tokenizer from scratch is trained on at most; of more text every 2nd, 4th, ... record is taken. The
+# pieces of a small vocabulary are settled long before, and SentencePiece takes about 9 bytes of memory for each.
+TOKENIZER_TEXT = 10_000_000
 
 
 def choose_device(name: str | None) -> torch.device:
     try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = distributed.own_device(name)
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"--device {name}: not usable here ({str(error).splitlines()[0]})") from error
     return device
-
-
-def preference_data(options: PreferenceDataOptions,
-                    seed: int) -> tuple[list[PreferencePair], list[PreferencePair], list[Example]]:
-    """Training pairs, held-out pairs, and the examples to imitate before alignment."""
-    report = ReadReport()
-    train_file = options.dataset or str(EMBEDDED / "train.jsonl")
-    pairs = read_pairs(train_file, identical=options.identical, report=report)
-    say(f"{train_file}: {report}")
-    eval_file = options.eval_dataset or (None if options.dataset else str(EMBEDDED / "test.jsonl"))
-    if eval_file:
-        held_out = read_pairs(eval_file, identical=options.identical)
-    else:
-        pairs, held_out = hold_out(pairs, lambda pair: str(pair.prompt or (pair.chosen, pair.rejected)), 10, seed)
-        say(f"{len(held_out):,} pairs are held out for evaluation")
-    if options.sft_dataset:
-        examples = read_examples(options.sft_dataset, every_turn=True)
-    elif options.dataset:
-        examples = [pair_to_example(p, every_turn=True) for p in pairs]
-    else:  # prompts are drawn at random, so learning them by heart would only take room
-        documents = read_examples(str(EMBEDDED / "corpus.txt"))
-        examples = [Example(*toyworld.split_document(str(d.completion)), d.where) for d in documents]
-    return pairs, held_out, examples
-
-
-def hold_out(records: Sequence[T], key: Callable[[T], str], one_in: int, seed: int) -> tuple[list[T], list[T]]:
-    """Split records into (train, held out), about one key in `one_in`; records with the same key stay together."""
-    keys = sorted({key(r) for r in records})
-    if len(keys) < 2:
-        raise DataError(f"{len(keys)} different prompt can't be split into training and held-out data, allowed is at least 2 "
-                        "(or give --eval-dataset)")
-    chosen = set(random.Random(f"hold out {seed}").sample(keys, max(1, len(keys) // one_in)))
-    return [r for r in records if key(r) not in chosen], [r for r in records if key(r) in chosen]
 
 
 def is_toy(prompts: Iterable[Text]) -> bool:
@@ -83,14 +43,32 @@ def is_toy(prompts: Iterable[Text]) -> bool:
 
 def scratch_tokenizer(texts: Iterable[Text], vocab_size: int) -> Tokenizer:
     """A SentencePiece tokenizer of the texts; for conversations with role markers and our chat template."""
-    plain: list[str] = []
     conversational = False
-    for text in texts:
-        conversational |= not isinstance(text, str)
-        plain += [text] if isinstance(text, str) else [m.content for m in text]
-    tokenizer = train_sentencepiece(plain, vocab_size, user_defined_symbols=ROLE_MARKERS if conversational else ())
+
+    def plain() -> Iterator[str]:
+        nonlocal conversational
+        for text in texts:
+            conversational |= not isinstance(text, str)
+            yield from [text] if isinstance(text, str) else [m.content for m in text]
+
+    sample = thinned(plain(), TOKENIZER_TEXT)
+    tokenizer = train_sentencepiece(sample, vocab_size, user_defined_symbols=ROLE_MARKERS if conversational else ())
     tokenizer.chat_template = DEFAULT_TEMPLATE if conversational else None
     return tokenizer
+
+
+def thinned(texts: Iterable[str], limit: int) -> list[str]:
+    """All texts, or, where they have more than `limit` characters, every 2nd, 4th, ... so that the rest is below it."""
+    kept: list[str] = []
+    size, step = 0, 1
+    for number, text in enumerate(texts):
+        if number % step == 0:
+            kept.append(text[:limit])
+            size += len(kept[-1])
+            while size > limit:
+                kept, step = kept[::2], 2 * step
+                size = sum(map(len, kept))
+    return kept
 
 
 def scratch_model(options: ModelOptions, vocab_size: int, seed: int) -> TransformerWrapper:
@@ -106,14 +84,19 @@ def scratch_model(options: ModelOptions, vocab_size: int, seed: int) -> Transfor
                               emb_dropout=options.dropout, attn_layers=layers)
 
 
-def load_model(path: str, dtype: str | None, device: torch.device) -> tuple[TransformerWrapper, Tokenizer]:
-    """A model with its tokenizer, whose ids it knows."""
-    model, tokenizer = load_pretrained(path, dtype, device)
+def load_model(path: str, dtype: str | None, device: torch.device, *, allow_pickle: bool = False,
+               revision: str | None = None) -> tuple[TransformerWrapper, Tokenizer]:
+    """A model, from a folder or the hub, with its tokenizer, whose ids it knows."""
+    model, tokenizer = load_pretrained(path, dtype, device, allow_pickle=allow_pickle, revision=revision)
     if tokenizer is None:
         raise ConfigError(f"{path}: there is no tokenizer in this folder, allowed is a folder with one")
+    check_vocabulary(path, model, tokenizer)
+    return model, tokenizer
+
+
+def check_vocabulary(path: str, model: TransformerWrapper, tokenizer: Tokenizer) -> None:
     if tokenizer.vocab_size > model.num_tokens:
         raise CheckpointError(f"{path}: the tokenizer has {tokenizer.vocab_size} ids, the model embeds only {model.num_tokens}")
-    return model, tokenizer
 
 
 def window(max_length: int, model: TransformerWrapper) -> int:
@@ -121,30 +104,6 @@ def window(max_length: int, model: TransformerWrapper) -> int:
     if max_length > model.max_seq_len:
         say(f"records are cut to the model's {model.max_seq_len} positions (--max-length is {max_length})")
     return min(max_length, model.max_seq_len)
-
-
-def encode_examples(examples: Sequence[Example], tokenizer: Tokenizer, max_length: int, mode: Any) -> list[EncodedExample]:
-    """Tokenise and truncate examples, and say what that cost."""
-    report = TruncationReport()
-    encoded = [part for e in examples for part in truncate_example(encode_example(e, tokenizer), max_length, mode, report)]
-    say(f"to imitate: {report}")
-    if not encoded:
-        raise DataError(f"nothing is left to imitate after truncation to {max_length} tokens ({report})")
-    return encoded
-
-
-@torch.no_grad()
-def mean_nll(model: nn.Module, examples: Sequence[EncodedExample], pad_id: int, size: int = 32) -> float:
-    """Cross-entropy of the scored tokens, nats a token."""
-    device = next(model.parameters()).device
-    order = sorted(range(len(examples)), key=lambda i: len(examples[i].ids))
-    total = count = 0.0
-    with evaluating(model):
-        for at in range(0, len(order), size):
-            batch = collate_examples([examples[i] for i in order[at : at + size]], pad_id).to(device)
-            logps, scored = scored_logprobs(model, batch.tokens, batch.loss_mask)
-            total, count = total - float(logps.masked_fill(~scored, 0.0).sum()), count + float(scored.sum())
-    return total / max(1.0, count)
 
 
 def loop_options(training: TrainingOptions, run: RunOptions, **changes: Any) -> LoopOptions:
@@ -166,11 +125,12 @@ def micro_batches(order: Schedule, size: int, collate: Callable[[list[int]], Any
     return batches
 
 
-def imitate(model: TransformerWrapper, tokenizer: Tokenizer, examples: Sequence[EncodedExample],
+def imitate(model: TransformerWrapper, tokenizer: Tokenizer, examples: Store[EncodedExample],
             held_out: Sequence[EncodedExample], run: RunFolder, options: LoopOptions, *, batch_size: int, accumulation: int = 1,
             epochs: float, max_steps: int = -1) -> None:
     """Supervised fine-tuning of `model` in place; its log and checkpoints are in `run`."""
-    order = Schedule([len(e.ids) for e in examples], batch_size * accumulation, options.seed)
+    order = Schedule(examples.lengths, batch_size * accumulation, options.seed, rank=distributed.rank(),
+                     world_size=distributed.size())
     device = next(model.parameters()).device
 
     def collate(rows: list[int]) -> Any:
@@ -189,13 +149,6 @@ def sft_loop(options: SFTOptions, training: TrainingOptions, run: RunOptions) ->
     """The imitation stage of a preference run: its own rate, the run's precision, seed and logging."""
     return loop_options(training, run, learning_rate=options.sft_learning_rate, warmup_steps=options.sft_warmup_steps,
                         lr_scheduler_type="cosine", eval_steps=4 * run.eval_steps, save_steps=4 * run.save_steps)
-
-
-def show_record(tokenizer: Tokenizer, ids: Sequence[int], scored: Sequence[bool]) -> str:
-    """One record as a table of tokens for a person to check: position, id, text, scored."""
-    rows = enumerate(zip(ids, scored, strict=True))
-    return "\n".join(f"{i:5d} {t:6d} {'scored' if s else '      '} {tokenizer.decode([t])!r}" for i, (t, s) in rows)
-
 
 
 def prompt_text(prompt: Text) -> str:

@@ -1,100 +1,77 @@
-"""Text to token ids and back: byte-level and SentencePiece tokenizers, exact for every string.
+"""Our own tokenizers, byte-level and SentencePiece, exact for every string; and the loading of any kind.
 
-A tokenizer knows strings, not roles. Its *control* tokens (pad, bos, eos, unk) never come out of text:
-`encode("</s>")` is four ordinary characters. Its *markers* (`<|user|>` and the like) are strings that are one
-symbol each; `encode(..., markers=False)` spells them out instead, which is what text from a dataset or a
-person gets, so that nobody can write another's turn. Left out: Hugging Face `tokenizer.json`.
+What they save opens everywhere: beside `tokenizer.model` and tokenizer_config.json they write a `tokenizer.json` that
+gives the same ids in transformers. It spells its pieces with real blanks, not with SentencePiece's `▁`, so that it needs
+no normaliser, and a `▁` in a text comes out in bytes there as it does here.
 """
 
 import io
-import json
 import os
 import re
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from xalign.errors import DataError
+from xalign.tokenizer_base import Tokenizer, either, json_bytes, one_line, read_json, write_file
+from xalign.tokenizer_json import BYTE_CHARACTERS, JSONTokenizer, read_template, tokenizer_json
 
+__all__ = ["ByteTokenizer", "JSONTokenizer", "SentencePieceTokenizer", "Tokenizer", "either", "load_tokenizer",
+           "train_sentencepiece"]  # fmt: skip
 SPACE = "\u2581"  # SentencePiece's stand-in for a blank; a real one in the text must be spelt in bytes
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # the kinds of pieces in a SentencePiece model
+KIND = "xalign_tokenizer"  # the key in tokenizer_config.json by which we know our own
 
 
-class Tokenizer(ABC):
-    """What every tokenizer offers: `encode`, `decode`, `save`, the ids and strings of its control tokens.
+class OwnTokenizer(Tokenizer):
+    """A tokenizer of ours: its vocabulary is known piece by piece, so it can be written as a tokenizer.json."""
 
-    `bos_id` and `eos_id` may be None where a family has no such token (then `bos=True` adds nothing).
-    `chat_template` is a jinja source or None, and may be set.
-    """
+    _kind: str
 
-    pad_id: int
-    bos_id: int | None
-    eos_id: int | None
-    pad_token: str = "<pad>"
-    bos_token: str = "<s>"
-    eos_token: str = "</s>"
-    chat_template: str | None = None
-    markers: dict[str, int]  # string -> id
-    _pieces: list[bytes]  # the bytes that each id stands for; empty for control tokens
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of ids: every id is in `range(vocab_size)`."""
-        return len(self._pieces)
-
-    @property
-    def special_tokens(self) -> dict[str, int]:
-        """Every string that a chat template may write to mean one symbol: markers and control tokens."""
-        control = {self.bos_token: self.bos_id, self.eos_token: self.eos_id, self.pad_token: self.pad_id}
-        return {text: id for text, id in control.items() if id is not None} | self.markers
-
-    def encode(self, text: str, bos: bool = False, eos: bool = False, *, markers: bool = True) -> list[int]:
-        """Token ids of `text`; lone surrogates become `?`. With `markers=False` no marker comes out of the text."""
-        text = text.encode("utf-8", "replace").decode("utf-8")
-        ids = [self.bos_id] if bos and self.bos_id is not None else []
-        if markers and self.markers:
-            for part in re.split(f"({either(self.markers)})", text):
-                ids += [self.markers[part]] if part in self.markers else self._encode_plain(part)
-        else:
-            ids += self._encode_plain(text)
-        return [*ids, self.eos_id] if eos and self.eos_id is not None else ids
+    def _ids(self, text: str, markers: bool) -> list[int]:
+        if not (markers and self.markers):
+            return self._encode_plain(text)
+        ids: list[int] = []
+        for part in re.split(f"({either(self.markers)})", text):
+            ids += [self.markers[part]] if part in self.markers else self._encode_plain(part)
+        return ids
 
     @abstractmethod
     def _encode_plain(self, text: str) -> list[int]:
         """Ids of valid text, none of them a marker or a control token."""
 
-    def decode_bytes(self, ids: Any) -> bytes:
-        """The exact bytes of a sequence or 1-D tensor of ids, for streaming: a character may span several ids.
-
-        Control tokens and ids outside the vocabulary (a model's may be padded) give nothing, markers their text.
-        """
-        ids = ids.tolist() if hasattr(ids, "tolist") else ids
-        return b"".join(self._pieces[i] for i in ids if 0 <= i < len(self._pieces))
-
-    def decode(self, ids: Any) -> str:
-        """Text of `ids`, see `decode_bytes`; bytes that are not UTF-8 become U+FFFD."""
-        return self.decode_bytes(ids).decode("utf-8", "replace")
-
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write the tokenizer's files into `folder` (made if missing), each atomically."""
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        config = self._config() | {
+        """Write `tokenizer.json` and `tokenizer_config.json`, template included, into `folder`."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        config = {
+            KIND: self._kind,
+            "tokenizer_class": "PreTrainedTokenizerFast",  # the name that transformers 4 and 5 both know
             "bos_token": self.bos_token if self.bos_id is not None else None,
             "eos_token": self.eos_token if self.eos_id is not None else None,
             "pad_token": self.pad_token,
+            "unk_token": self.unk_token,
             "additional_special_tokens": list(self.markers),
+            "add_bos_token": self.bos_id is not None,
+            "add_eos_token": False,
+            "add_prefix_space": False,  # llama.cpp goes by it
+            "clean_up_tokenization_spaces": False,
             "chat_template": self.chat_template,
         }
-        text = json.dumps({k: v for k, v in config.items() if v is not None}, ensure_ascii=False, indent=2)
-        _write(Path(folder) / "tokenizer_config.json", text.encode() + b"\n")
+        write_file(folder / "tokenizer_config.json", json_bytes({k: v for k, v in config.items() if v is not None}))
+        write_file(folder / "tokenizer.json", json_bytes(self.json()))
+        (folder / "chat_template.jinja").unlink(missing_ok=True)  # it would come before ours
 
     @abstractmethod
-    def _config(self) -> dict[str, Any]:
-        """The entries of tokenizer_config.json that only this kind of tokenizer has."""
+    def json(self) -> dict[str, Any]:
+        """The contents of tokenizer.json."""
 
 
-class ByteTokenizer(Tokenizer):
+class ByteTokenizer(OwnTokenizer):
     """One id per UTF-8 byte (0–255), then pad 256, bos 257, eos 258 and one symbol per marker."""
+
+    _kind = "bytes"
 
     def __init__(self, special_tokens: Sequence[str] = ()):
         _check_markers(special_tokens)
@@ -105,16 +82,21 @@ class ByteTokenizer(Tokenizer):
     def _encode_plain(self, text: str) -> list[int]:
         return list(text.encode())
 
-    def _config(self) -> dict[str, Any]:
-        return {"tokenizer_class": "ByteTokenizer"}
+    def json(self) -> dict[str, Any]:
+        special = self.special_tokens
+        vocab = {BYTE_CHARACTERS[i]: i for i in range(256)} | special
+        return tokenizer_json(vocab, [], special, self.bos_token, byte_level=True)
 
 
-class SentencePieceTokenizer(Tokenizer):
-    """A SentencePiece model, from a file or from its serialised bytes; decoding is exact for models trained here.
+class SentencePieceTokenizer(OwnTokenizer):
+    """A SentencePiece model, from a file or from its serialised bytes, that can give back any text as it was.
 
-    `markers` says which of its user-defined pieces are special (default: those like `<|user|>`).
-    Models that put a blank before every text are refused: they can't give back what they were given.
+    So it must be BPE with byte fallback, and change nothing: Llama 2's model, which puts a blank before every text, is
+    read from its tokenizer.json instead. `markers` says which of the user-defined pieces are special (default: those
+    like `<|user|>`).
     """
+
+    _kind = "sentencepiece"
 
     def __init__(self, model: str | os.PathLike[str] | bytes, markers: Sequence[str] | None = None):
         from sentencepiece import SentencePieceProcessor
@@ -126,15 +108,15 @@ class SentencePieceTokenizer(Tokenizer):
                 raise RuntimeError("it is empty")
             self._processor = sp = SentencePieceProcessor(model_proto=self._model)
         except (OSError, RuntimeError) as error:
-            raise DataError(f"{where}: can't be read as a SentencePiece model ({_one_line(error)})") from error
-        if sp.encode("a", out_type=str)[0].startswith(SPACE):
-            raise DataError(f"{where}: puts a blank before every text; allowed: add_dummy_prefix=False")
+            raise DataError(f"{where}: can't be read as a SentencePiece model ({one_line(error)})") from error
+        self._check(where)
         size = sp.get_piece_size()
         names = [sp.id_to_piece(i) for i in range(size)]
         self.bos_id, self.eos_id, unk = (i if i >= 0 else None for i in (sp.bos_id(), sp.eos_id(), sp.unk_id()))
         # Llama's own model has no pad; unk never occurs with byte fallback, and pads are masked anyway.
         self.pad_id = sp.pad_id() if sp.pad_id() >= 0 else unk or 0
-        for name, id in (("bos_token", self.bos_id), ("eos_token", self.eos_id), ("pad_token", self.pad_id)):
+        ids_of = {"bos_token": self.bos_id, "eos_token": self.eos_id, "pad_token": self.pad_id, "unk_token": unk}
+        for name, id in ids_of.items():
             if id is not None:
                 setattr(self, name, names[id])
         self._pieces = []
@@ -158,18 +140,83 @@ class SentencePieceTokenizer(Tokenizer):
         ids: list[int] = []
         for number, part in enumerate(text.split(SPACE)):
             if number:
-                ids += [self._bytes.get(byte, self._processor.unk_id()) for byte in SPACE.encode()]
+                ids += [self._bytes[byte] for byte in SPACE.encode()]
             for fragment in self._cut.split(part) if self._cut else [part]:
                 ids += self._processor.encode(fragment)
         return ids
 
-    def _config(self) -> dict[str, Any]:
-        return {"tokenizer_class": "LlamaTokenizer", "legacy": False, "add_prefix_space": False}
+    def _check(self, where: str) -> None:
+        """Refuse what could not give a text back, or not be written as a tokenizer.json."""
+        parts = dict(_fields(self._model))
+        trainer, normalizer = (dict(_fields(parts.get(n, b""))) for n in (2, 3))
+        allowed = {
+            "model_type=bpe": trainer.get(3, 1) == 2,
+            "byte_fallback=True": trainer.get(35, 0) == 1,
+            "normalization_rule_name=identity": not normalizer.get(2),
+            "add_dummy_prefix=False": normalizer.get(3, 1) == 0,
+            "remove_extra_whitespaces=False": normalizer.get(4, 1) == 0,
+        }
+        if lacking := [option for option, given in allowed.items() if not given]:
+            raise DataError(
+                f"{where}: was not trained with {', '.join(lacking)}; allowed: that, or a tokenizer.json beside it "
+                "(transformers writes one: AutoTokenizer.from_pretrained(folder).save_pretrained(folder))"
+            )
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write `tokenizer.model` and `tokenizer_config.json` into `folder`."""
+        """Write `tokenizer.model`, `tokenizer.json` and `tokenizer_config.json` into `folder`."""
         super().save(folder)
-        _write(Path(folder) / "tokenizer.model", self._model)
+        write_file(Path(folder) / "tokenizer.model", self._model)
+
+    def json(self) -> dict[str, Any]:
+        sp = self._processor
+        names = [sp.id_to_piece(i) for i in range(sp.get_piece_size())]
+        kinds = [dict(_fields(piece)).get(3, NORMAL) for number, piece in _fields(self._model) if number == 1]
+        vocab = {name.replace(SPACE, " "): id for id, name in enumerate(names)}
+        scores = {name.replace(SPACE, " "): sp.get_score(id) for id, name in enumerate(names) if kinds[id] == NORMAL}
+        added = {name: id for id, name in enumerate(names) if kinds[id] in (UNKNOWN, CONTROL, USER_DEFINED)}
+        special = {n: i for n, i in added.items() if kinds[i] != USER_DEFINED or n in self.markers}
+        bos = self.bos_token if self.bos_id is not None else None
+        return tokenizer_json(vocab, _merges(scores), special, bos, plain=added, unk=self.unk_token)
+
+
+def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
+    """The fields of a protocol buffer, (number, value) each; sentencepiece itself can't be asked for its settings."""
+    at = 0
+
+    def varint() -> int:
+        nonlocal at
+        value, shift = 0, 0
+        while True:
+            byte = message[at]
+            at += 1
+            value |= (byte & 127) << shift
+            if byte < 128:
+                return value
+            shift += 7
+
+    while at < len(message):
+        number, wire = divmod(varint(), 8)
+        if wire == 0:
+            yield number, varint()
+        else:
+            size = {1: 8, 5: 4}.get(wire) or varint()
+            yield number, message[at : at + size]
+            at += size
+
+
+def _merges(scores: dict[str, float]) -> list[tuple[str, str]]:
+    """The merges by which byte-pair encoding does what SentencePiece does: best score first, then leftmost.
+
+    SentencePiece joins any two neighbours whose union is a piece; so each piece gives a merge for each cut of it.
+    Two cuts of one piece compete only where both fit overlapping neighbours, x y z with xy = yz: the left one must win.
+    """
+    merges = []
+    for piece in sorted(scores, key=lambda piece: -scores[piece]):
+        cuts = [i for i in range(1, len(piece)) if piece[:i] in scores and piece[i:] in scores]
+        # y is what a cut leaves at its right, where the piece also begins with y
+        cuts.sort(key=lambda i: (not piece.startswith(piece[i:]), -i))
+        merges += [(piece[:i], piece[i:]) for i in cuts]
+    return merges
 
 
 def train_sentencepiece(
@@ -209,41 +256,33 @@ def train_sentencepiece(
     except RuntimeError as error:
         if needed := re.search(r"smaller than required_chars\. \d+ vs (\d+)", str(error)):
             raise DataError(f"vocab_size {vocab_size} is too small; for these texts: {needed[1]} or more") from None
-        raise DataError(f"the tokenizer can't be trained: {_one_line(error)}") from error
+        raise DataError(f"the tokenizer can't be trained: {one_line(error)}") from error
 
 
 def load_tokenizer(folder: str | os.PathLike[str]) -> Tokenizer | None:
-    """The tokenizer saved in `folder`, or None where there is none; `DataError` if its files are broken."""
+    """The tokenizer saved in `folder`, or None where there is none; `DataError` if its files are broken.
+
+    As in transformers a tokenizer.json comes before a tokenizer.model; what xalign saved comes back as the same class.
+    """
     folder = Path(folder)
-    path = folder / "tokenizer_config.json"
-    config: dict[str, Any] = {}
-    if path.exists():
-        try:
-            config = json.loads(path.read_bytes())
-        except ValueError as error:
-            raise DataError(f"{path}: not valid JSON ({error})") from error
-        if not isinstance(config, dict):
-            raise DataError(f"{path}: must hold one JSON object, not a {type(config).__name__}")
+    config = read_json(folder / "tokenizer_config.json")
     markers = config.get("additional_special_tokens")
-    tokenizer: Tokenizer
-    if (folder / "tokenizer.model").exists():
-        tokenizer = SentencePieceTokenizer(folder / "tokenizer.model", markers)
-    elif config.get("tokenizer_class") == "ByteTokenizer":
-        tokenizer = ByteTokenizer(markers or ())
-    else:
-        return None
-    template = config.get("chat_template")
-    if isinstance(template, list):  # transformers' form for several named templates
-        template = {entry["name"]: entry["template"] for entry in template}.get("default")
-    if template is None and (folder / "chat_template.jinja").exists():
-        template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    tokenizer.chat_template = template
-    return tokenizer
-
-
-def either(strings: Iterable[str]) -> str:
-    """A regular expression that matches any of `strings`, the longest first."""
-    return "|".join(re.escape(text) for text in sorted(strings, key=len, reverse=True))
+    kind, has_json, has_model = (config.get(KIND), *((folder / f"tokenizer.{end}").exists() for end in ("json", "model")))
+    own: OwnTokenizer | None = None
+    if has_model and (kind == SentencePieceTokenizer._kind or not has_json):
+        own = SentencePieceTokenizer(folder / "tokenizer.model", markers)
+    elif kind == ByteTokenizer._kind or config.get("tokenizer_class") == "ByteTokenizer":
+        own = ByteTokenizer(markers or ())
+    # Others may have saved our folder again with tokens of theirs in it: then tokenizer.json is what counts.
+    if own is not None and (not has_json or read_json(folder / "tokenizer.json") == own.json()):
+        own.chat_template = read_template(folder, config)
+        return own
+    if has_json:
+        return JSONTokenizer(folder)
+    if named := config.get("tokenizer_class"):
+        raise DataError(f"{folder}: its {named} has no tokenizer.json; transformers writes one: "
+                        "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)")  # fmt: skip
+    return None
 
 
 def _check_markers(markers: Sequence[str]) -> None:
@@ -259,12 +298,3 @@ def _lines(text: str) -> Iterator[str]:
         yield from (line[i : i + 2000] for i in range(0, len(line), 2000))
 
 
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Write a file so that it is either the old one or whole, also if the process dies."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(data)
-    os.replace(temporary, path)

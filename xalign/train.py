@@ -1,54 +1,56 @@
 """The training programs from flags to report: `run_sft` and `run_dpo`."""
 
-import hashlib
+import math
+import shutil
 import time
+from collections.abc import Iterable
+from dataclasses import fields
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn as nn
 
+from xalign import distributed
 from xalign.checkpoint import load_pretrained, save_pretrained
 from xalign.config import DPOConfig, SFTConfig, flatten
-from xalign.data.collate import (
-    EncodedPair,
-    Schedule,
-    TruncationMode,
-    TruncationReport,
-    collate_pairs,
-    encode_pair,
-    mixture,
-    truncate_pair,
-)
+from xalign.data.collate import EncodedExample, EncodedPair, Schedule, collate_pairs, encode_pair
 from xalign.data.records import Example, PreferencePair
-from xalign.data.sources import read_examples
+from xalign.data.store import Store
 from xalign.dpo import DPO
-from xalign.errors import ConfigError, DataError, Diverged
+from xalign.errors import ConfigError, Diverged
 from xalign.evaluation.compare import compare, quick
 from xalign.evaluation.metrics import pairs_logps, sample
 from xalign.evaluation.report import write_report
 from xalign.hf import torch_dtype
 from xalign.nn.transformer import TransformerWrapper
 from xalign.objectives import Preference
-from xalign.runs import SAMPLES, RunFolder
+from xalign.prepare import (
+    Source,
+    Split,
+    data_digest,
+    encode_examples,
+    encode_pairs,
+    example_data,
+    in_memory,
+    on_disk,
+    preference_data,
+    say,
+)
+from xalign.runs import CONFIG, SAMPLES, RunFolder, read_json
 from xalign.stages import (
-    EMBEDDED,
     choose_device,
     count_steps,
-    encode_examples,
-    hold_out,
     imitate,
     is_toy,
     load_model,
     loop_options,
     micro_batches,
-    preference_data,
     prompt_text,
-    say,
     scratch_model,
     scratch_tokenizer,
     sft_loop,
-    show_record,
     window,
 )
 from xalign.tokenizers import Tokenizer
@@ -67,29 +69,36 @@ def claim(config: Any, program: str) -> RunFolder:
     if run.resume and run.overwrite:
         raise ConfigError("--resume and --overwrite are both given, allowed is one of them")
     settings = {"program": program, **{k: v for k, v in flatten(config).items() if k not in VOLATILE}}
-    settings["data_sha256"] = data_digest(settings)
+    names = [settings.get(name) or () for name in ("dataset", "eval_dataset", "sft_dataset")]
+    files = [file for value in names for file in ((value,) if isinstance(value, str) else value)]
+    settings["data_sha256"] = distributed.once(lambda: data_digest(files))
+    if distributed.size() > 1:  # another number is another run: its steps hold other rows
+        settings["processes"] = distributed.size()
     folder.claim({k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}, run.overwrite)
     return folder
 
 
-def data_digest(settings: dict[str, Any]) -> str:
-    """A hash of what the data files hold, so that a run never goes on with other data under the same name."""
-    whole = hashlib.sha256()
-    for name in ("dataset", "eval_dataset", "sft_dataset"):
-        value = settings.get(name) or ()
-        for path in (value,) if isinstance(value, str) else value:
-            with open(path, "rb") as file:
-                whole.update(hashlib.file_digest(file, "sha256").digest())
-    return whole.hexdigest()[:16]
-
-
 def check(config: Any) -> None:
     """Refuse before anything is read or trained what could only fail after it."""
-    if not config.model.model:
+    if config.model.model:
+        refuse_unused(config)
+    else:
         with torch.device("meta"):
             scratch_model(config.model, config.model.vocab_size, 0)
     if isinstance(config, DPOConfig):
         preference(config, nn.Identity())
+
+
+def refuse_unused(config: Any) -> None:
+    """Settings of a model from scratch say nothing about a given one: whoever sets one expects something else."""
+    given = ("model", "revision", "allow_pickle")
+    groups = [config.model, *([config.sft] if isinstance(config, DPOConfig) else [])]
+    unused = [(f, getattr(g, f.name)) for g in groups for f in fields(g) if f.name not in given]
+    names = [f.name for f, value in unused if value != f.default]
+    names += ["sft_dataset"] if getattr(config.data, "sft_dataset", None) else []
+    if names:
+        raise ConfigError(f"--{names[0].replace('_', '-')} is for a model from scratch, but --model is {config.model.model}: "
+                          "allowed is one of them")
 
 
 def start_reporting(config: Any, run: RunFolder) -> None:
@@ -107,43 +116,59 @@ def parameter_count(model: nn.Module) -> int:
 def run_sft(config: SFTConfig) -> None:
     """`xalign sft`: tokenizer and model from scratch, or --model, trained on text; ends in <folder>/policy."""
     check(config)
-    data, training = config.data, config.training
-    files = data.dataset or (str(EMBEDDED / "corpus.txt"),)
-    if data.dataset_weights and len(data.dataset_weights) != len(files):
-        raise ConfigError(f"--dataset-weights has {len(data.dataset_weights)} numbers for {len(files)} files, allowed is "
-                          "one each")
-    device, dtype = choose_device(config.run.device), config.run.dtype
-    sets = [read_examples(file, every_turn=True) for file in files]
-    weights = data.dataset_weights or (1.0,) * len(sets)
-    rows = [sets[i][j] for i, j in mixture([len(s) for s in sets], weights, training.seed, 0)]
-    if data.eval_dataset:
-        held_out = read_examples(data.eval_dataset, every_turn=True)
-    else:
-        rows, held_out = hold_out(rows, lambda e: f"{e.prompt}{e.completion}", 20, training.seed)
-    if config.model.model:
-        model, tokenizer = load_model(config.model.model, dtype, device)
-    else:
-        tokenizer = scratch_tokenizer((t for e in rows for t in (e.prompt, e.completion) if t), config.model.vocab_size)
-        model = scratch_model(config.model, tokenizer.vocab_size, training.seed).to(device, torch_dtype(dtype))
-    max_length = window(data.max_length, model)
-    examples = encode_examples(rows, tokenizer, max_length, data.truncation_mode)
+    device = choose_device(config.run.device)
     if config.run.dry_run:
-        print(f"{parameter_count(model):,} parameters, {tokenizer.vocab_size:,} pieces; first of {len(examples):,} records:")
-        print(show_record(tokenizer, examples[0].ids, examples[0].loss_mask))
-        return
-    held = encode_examples(held_out, tokenizer, max_length, data.truncation_mode)
+        from xalign.rehearsal import rehearse_sft
+
+        return rehearse_sft(config, device)
     with claim(config, "sft") as run:
         policy = run.path / "policy"
-        if policy.exists():
+        if distributed.once(policy.exists):
             say(f"{run.path} is finished (--overwrite trains it anew); the model is in")
         else:
             start_reporting(config, run)
+            data, training = example_data(config.data, config.training.seed), config.training
+            model, tokenizer = first_model(config, (e for e in data.train()), device)
+            max_length, mode = window(config.data.max_length, model), config.data.truncation_mode
+            examples = on_disk(run.path / "tokens", EncodedExample, encode_examples, data.train, tokenizer, max_length, mode,
+                               "to imitate", count=data.count, key=data_key(config, run))
+            held = in_memory(encode_examples, data.held_out, tokenizer, max_length, mode, "held out")
             model.attn_layers.gradient_checkpointing = training.gradient_checkpointing
             imitate(model, tokenizer, examples, held, run, loop_options(training, config.run),
                     batch_size=training.batch_size, accumulation=training.gradient_accumulation_steps,
                     epochs=training.num_train_epochs, max_steps=training.max_steps)
-            save_pretrained(model, policy, tokenizer)
+            distributed.once(lambda: save_pretrained(model, policy, tokenizer))
+        forget(run, "tokens")
         print(policy)
+
+
+def first_model(config: DPOConfig | SFTConfig, examples: Iterable[Example],
+                device: torch.device) -> tuple[TransformerWrapper, Tokenizer]:
+    """--model, or an untrained model of the shape that is set, with a tokenizer of the examples' text."""
+    if config.model.model:
+        return given_model(config, config.model.model, device)
+    texts = (t for e in examples for t in (e.prompt, e.completion) if t)
+    tokenizer = distributed.once(lambda: scratch_tokenizer(texts, config.model.vocab_size))
+    model = scratch_model(config.model, tokenizer.vocab_size, config.training.seed)
+    return model.to(device, torch_dtype(config.run.dtype)), tokenizer
+
+
+def given_model(config: DPOConfig | SFTConfig, path: str, device: torch.device) -> tuple[TransformerWrapper, Tokenizer]:
+    """The model of --model or --ref-model; the revision is --model's."""
+    revision = config.model.revision if path == config.model.model else None
+    return load_model(path, config.run.dtype, device, allow_pickle=config.model.allow_pickle, revision=revision)
+
+
+def data_key(config: DPOConfig | SFTConfig, run: RunFolder) -> dict[str, Any]:
+    """What the records of a run depend on: all its data settings, the files' contents, and the seed of the split."""
+    return {**vars(config.data), "data_sha256": read_json(run.path / CONFIG)["data_sha256"], "seed": config.training.seed}
+
+
+def forget(run: RunFolder, *names: str) -> None:
+    """Remove what only a stage that is over needed."""
+    if distributed.rank() == 0:
+        for name in names:
+            shutil.rmtree(run.path / name, ignore_errors=True)
 
 
 # -- preferences ----------------------------------------------------------------------------------------------------
@@ -153,40 +178,47 @@ def run_dpo(config: DPOConfig) -> None:
     """`train_dpo.py`: (tokenizer and SFT,) reference, DPO, evaluation, report; every finished stage is kept."""
     check(config)
     device = choose_device(config.run.device)
-    pairs, held_out, examples = preference_data(config.data, config.training.seed)
     if config.run.dry_run:
-        return dry_run(config, pairs, examples, device)
+        from xalign.rehearsal import rehearse_dpo
+
+        return rehearse_dpo(config, device)
     with claim(config, "dpo") as run:
         report = run.path / "report.md"
-        if report.exists():
+        if distributed.once(report.exists):
             say(f"{run.path} is finished; --overwrite runs it anew. From its report:")
             print(report.read_text(encoding="utf-8").split("## Samples")[0].strip())
         else:
+            data, examples = preference_data(config.data, config.training.seed)
             start_reporting(config, run)
-            print(prefer(config, run, pairs, held_out, examples, device))
+            print(prefer(config, run, data, examples, device))
             say(f"report: {report}")
 
 
-def prefer(config: DPOConfig, run: RunFolder, pairs: list[PreferencePair], held_out: list[PreferencePair],
-           examples: list[Example], device: torch.device) -> str:
+def prefer(config: DPOConfig, run: RunFolder, data: Split[PreferencePair], examples: Source[Example],
+           device: torch.device) -> str:
     """All stages in a run folder; gives the table of the report."""
     started = time.time()
-    given = load_model(config.loss.ref_model, config.run.dtype, device) if config.loss.ref_model else None
+    given = given_model(config, config.loss.ref_model, device) if config.loss.ref_model else None
     policy, tokenizer = base_model(config, run, examples, device)
-    if given is not None and not same_ids(given[1], tokenizer, pairs):
+    if given is not None and not same_ids(given[1], tokenizer, list(islice(data.train(), 20))):
         raise ConfigError(f"--ref-model {config.loss.ref_model} has another tokenizer than the policy, allowed is the same")
+    held_out = data.held_out
     untrained, gold_known = None, is_toy(p.prompt for p in held_out)
     if gold_known and not config.model.model:
         untrained = scratch_model(config.model, tokenizer.vocab_size, config.training.seed).to(device)
     dpo = preference(config, policy, given[0] if given is not None else None)
-    max_length = window(config.data.max_length, policy)
-    train_pairs = encode_pairs(pairs, tokenizer, max_length, config.data.truncation_mode, "train")
-    eval_pairs = encode_pairs(held_out, tokenizer, max_length, config.data.truncation_mode, "held out")
-    if not (run.path / "policy").exists():
+    max_length, mode = window(config.data.max_length, policy), config.data.truncation_mode
+    eval_pairs = in_memory(encode_pairs, held_out, tokenizer, max_length, mode, "held out pairs")
+    finished = run.path / "policy"
+    if not distributed.once(finished.exists):
+        train_pairs = on_disk(run.path / "tokens", EncodedPair, encode_pairs, data.train, tokenizer, max_length, mode,
+                              "train pairs", count=data.count, key=data_key(config, run))
         align(config, run, dpo, tokenizer, train_pairs, eval_pairs, held_out)
-        save_pretrained(policy, run.path / "policy", tokenizer)
+        distributed.once(lambda: save_pretrained(policy, finished, tokenizer))
     else:
-        policy.load_state_dict(load_pretrained(run.path / "policy", device=device)[0].state_dict())
+        policy.load_state_dict(load_pretrained(finished, device=device)[0].state_dict())
+    distributed.leave_to_first()
+    forget(run, "tokens", "tokens-sft")
     e = config.evaluation
     result = compare(dpo, untrained, tokenizer, held_out, eval_pairs, gold_known=gold_known,
                      prompts=e.eval_prompts, samples=e.eval_samples, max_new_tokens=e.eval_max_new_tokens,
@@ -208,61 +240,28 @@ def same_ids(one: Tokenizer, other: Tokenizer, pairs: list[PreferencePair]) -> b
     return one.vocab_size == other.vocab_size and first[: len(first) // 2] == first[len(first) // 2 :]
 
 
-def from_scratch(config: DPOConfig, examples: list[Example], device: torch.device) -> tuple[TransformerWrapper, Tokenizer]:
-    tokenizer = scratch_tokenizer((t for e in examples for t in (e.prompt, e.completion) if t), config.model.vocab_size)
-    model = scratch_model(config.model, tokenizer.vocab_size, config.training.seed)
-    return model.to(device, torch_dtype(config.run.dtype)), tokenizer
-
-
-def dry_run(config: DPOConfig, pairs: list[PreferencePair], examples: list[Example], device: torch.device) -> None:
-    """Show one rendered, tokenised and masked pair, and the parameter count."""
-    if config.model.model:
-        model, tokenizer = load_model(config.model.model, config.run.dtype, device)
-    else:
-        model, tokenizer = from_scratch(config, examples, device)
-    max_length = window(config.data.max_length, model)
-    encoded = encode_pairs(pairs, tokenizer, max_length, config.data.truncation_mode, "train")
-    print(f"{parameter_count(model):,} parameters, {tokenizer.vocab_size:,} pieces, {len(encoded):,} pairs; the first:")
-    for side in ("chosen", "rejected"):
-        prompt, completion = encoded[0].prompt, getattr(encoded[0], side)
-        print(f"\n{side}:")
-        print(show_record(tokenizer, prompt + completion, [False] * len(prompt) + [True] * len(completion)))
-
-
-def base_model(config: DPOConfig, run: RunFolder, examples: list[Example],
+def base_model(config: DPOConfig, run: RunFolder, examples: Source[Example],
                device: torch.device) -> tuple[TransformerWrapper, Tokenizer]:
     """The model before alignment, kept in <run>/reference: --model, or one trained on `examples` from scratch."""
     saved = run.path / "reference"
-    if not saved.exists():
-        if config.model.model:
-            model, tokenizer = load_model(config.model.model, config.run.dtype, device)
-        else:
+    if not distributed.once(saved.exists):
+        if not config.model.model:
             say("training a tokenizer and a model from scratch")
-            model, tokenizer = from_scratch(config, examples, device)
+        model, tokenizer = first_model(config, (e for e in examples()), device)
+        if not config.model.model:
             say(f"{parameter_count(model):,} parameters, {tokenizer.vocab_size:,} pieces")
             model.attn_layers.gradient_checkpointing = config.training.gradient_checkpointing
-            encoded = encode_examples(examples, tokenizer, window(config.data.max_length, model), "keep_start")
+            encoded = on_disk(run.path / "tokens-sft", EncodedExample, encode_examples, examples, tokenizer,
+                              window(config.data.max_length, model), "keep_start", "to imitate", key=data_key(config, run))
             held_out = min(len(encoded) // 40, 200)
-            imitate(model, tokenizer, encoded[held_out:], encoded[:held_out], run.part("sft"),
+            imitate(model, tokenizer, encoded[held_out:], list(encoded[:held_out]), run.part("sft"),
                     sft_loop(config.sft, config.training, config.run), batch_size=config.sft.sft_batch_size,
                     epochs=config.sft.sft_epochs)
-        save_pretrained(model, saved, tokenizer)
+        distributed.once(lambda: save_pretrained(model, saved, tokenizer))
     return load_model(str(saved), config.run.dtype, device)
 
 
-def encode_pairs(pairs: list[PreferencePair], tokenizer: Tokenizer, max_length: int, mode: TruncationMode,
-                 name: str) -> list[EncodedPair]:
-    """Tokenise and truncate pairs, and say what that cost."""
-    report = TruncationReport()
-    cut = [truncate_pair(encode_pair(p, tokenizer), max_length, mode, report) for p in pairs]
-    encoded = [p for p in cut if p is not None]
-    say(f"{name} pairs: {report}")
-    if not encoded:
-        raise DataError(f"no pair is left after truncation to {max_length} tokens ({report})")
-    return encoded
-
-
-def align(config: DPOConfig, run: RunFolder, dpo: DPO, tokenizer: Tokenizer, pairs: list[EncodedPair],
+def align(config: DPOConfig, run: RunFolder, dpo: DPO, tokenizer: Tokenizer, pairs: Store[EncodedPair],
           eval_pairs: list[EncodedPair], held_out: list[PreferencePair]) -> None:
     """Preference training of `dpo.policy_model`, from a checkpoint where there is one."""
     training, options = config.training, loop_options(config.training, config.run)
@@ -271,19 +270,16 @@ def align(config: DPOConfig, run: RunFolder, dpo: DPO, tokenizer: Tokenizer, pai
     device = policy.token_emb.weight.device
     policy.attn_layers.gradient_checkpointing = training.gradient_checkpointing
     size = training.batch_size
-    order = Schedule([len(p.prompt) + max(len(p.chosen), len(p.rejected)) for p in pairs],
-                     size * training.gradient_accumulation_steps, training.seed)
+    order = Schedule(pairs.lengths, size * training.gradient_accumulation_steps, training.seed, rank=distributed.rank(),
+                     world_size=distributed.size())
     steps = count_steps(len(order), training.num_train_epochs, training.max_steps)
     known = eval_known = None
     with autocast(device, training.bf16):
         if dpo.ref_model is not None and config.loss.precompute_ref_log_probs:
-            visited = sorted({row for step in range(min(steps, len(order))) for row in order.batch(step)})
-            some = pairs_logps(dpo, dpo.ref_model, [pairs[i] for i in visited], tokenizer.pad_id,  # type: ignore[arg-type]
-                               progress="reference")
-            known = tuple(torch.full((len(pairs),), float("nan")).index_copy(0, torch.tensor(visited), t) for t in some)
-        if dpo.ref_model is not None:
+            known = reference_logps(dpo, pairs, order, steps, tokenizer.pad_id)
+        if dpo.ref_model is not None and distributed.rank() == 0:  # which evaluates
             eval_known = pairs_logps(dpo, dpo.ref_model, eval_pairs, tokenizer.pad_id)  # type: ignore[arg-type]
-    objective = Preference(dpo, known)  # type: ignore[arg-type]
+    objective = Preference(dpo, known)
     batches = micro_batches(order, size, lambda rows: collate_pairs([pairs[i] for i in rows], tokenizer.pad_id, rows))
     if config.loss.ref_model is None:
         check_first_loss(objective, batches(0)[0].to(device), training.bf16)
@@ -298,7 +294,26 @@ def align(config: DPOConfig, run: RunFolder, dpo: DPO, tokenizer: Tokenizer, pai
         with autocast(device, training.bf16):
             return quick(dpo, eval_pairs, eval_known, tokenizer.pad_id)
 
+    if known is not None and dpo.ref_model is not None:
+        dpo.ref_model.to("cpu")  # all that training asks of it is known; its room on a GPU is worth a larger batch
     train(policy, objective, batches, steps, len(order), options, run, tokenizer, title="dpo", evaluate=evaluate)
+    if dpo.ref_model is not None:
+        dpo.ref_model.to(device)
+
+
+def reference_logps(dpo: DPO, pairs: Store[EncodedPair], order: Schedule, steps: int,
+                    pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The reference's log-probabilities (chosen, rejected) by pair index, NaN for pairs that no process visits.
+
+    Of several processes each runs its share of the pairs.
+    """
+    visits = torch.zeros(len(pairs))
+    for step in range(min(steps, len(order))):
+        visits[order.batch(step)] = 1
+    mine = distributed.total(visits).nonzero()[distributed.rank() :: distributed.size(), 0]
+    some = pairs_logps(dpo, dpo.ref_model, pairs, pad_id, progress="reference", rows=mine.numpy())  # type: ignore[arg-type]
+    chosen, rejected = (distributed.total(torch.zeros(len(pairs)).index_copy(0, mine, t)) for t in some)
+    return chosen.masked_fill(visits == 0, math.nan), rejected.masked_fill(visits == 0, math.nan)
 
 
 def check_first_loss(objective: Preference, batch: Any, bf16: bool) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from xalign import distributed
 from xalign.errors import Diverged, Interrupted
 from xalign.objectives import Objective
 from xalign.optim import adamw, schedule
@@ -82,12 +83,14 @@ def train(model: nn.Module, objective: Objective, batches: Callable[[int], Seque
           title: str = "train", evaluate: Callable[[int], dict[str, float]] | None = None) -> None:
     """Train `model`'s parameters for `total_steps` optimizer steps, or for what is left of them after a checkpoint.
 
-    `batches(step)` gives the micro-batches of a step and depends on nothing but `step`. Their losses are averaged
-    over the step's tokens or pairs together, however they are split. `evaluate(step)` gives metrics for the log.
+    `batches(step)` gives this process's micro-batches of a step and depends on nothing but `step`. Losses are averaged
+    over the step's tokens or pairs together, however they are split over micro-batches and processes; all processes take
+    the same step, to the bit. `evaluate(step)` gives metrics for the log; rank 0 evaluates while the others wait.
     Raises `Diverged` at a loss or gradient that is not finite, `Interrupted` after a signal, once all is saved.
     """
     device = next(model.parameters()).device
-    torch.manual_seed(options.seed)
+    rank = distributed.rank()
+    torch.manual_seed(options.seed + 1_000_003 * rank)  # dropout draws of its own on each
     restored, first, window = run.restore(), 0, Window()
     if restored is not None:
         model.load_state_dict(restored[0].state_dict())
@@ -95,18 +98,26 @@ def train(model: nn.Module, objective: Objective, batches: Callable[[int], Seque
     if restored is not None:
         state = restored[1]
         optimizer.load_state_dict(state["optimizer"])
-        torch.set_rng_state(state["rng"])
+        torch.set_rng_state(state["rng"][rank].clone())
+        if device.type == "cuda" and "cuda_rng" in state:
+            torch.cuda.set_rng_state(state["cuda_rng"][rank].clone(), device)
         first, window = state["step"], Window(state["window"])
         print(f"{title}: resumed after step {first} of {total_steps}", file=sys.stderr)
     run.rewind(first if restored is not None else -1)
+    distributed.check_same_weights(model, f"before step {first + 1}")
 
     def save(step: int) -> str:
-        state = {"step": step, "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state(), "window": window.sums}
+        distributed.check_same_weights(model, f"after step {step}")
+        state = {"step": step, "optimizer": optimizer.state_dict(), "window": window.sums,
+                 "rng": distributed.gathered(torch.get_rng_state())}
+        if device.type == "cuda":
+            state["cuda_rng"] = distributed.gathered(torch.cuda.get_rng_state(device))
         return str(run.save(step, model, tokenizer, state))
 
     def log(step: int, values: dict[str, float]) -> None:
         run.log(METRICS, {"step": step, "epoch": round(step / steps_per_epoch, 4), **values}, f"{title}/")
 
+    evaluate = None if rank else evaluate
     if first == 0 and evaluate is not None and options.eval_steps:
         log(0, evaluate(0))
     saved, started = "", time.perf_counter()
@@ -118,15 +129,18 @@ def train(model: nn.Module, objective: Objective, batches: Callable[[int], Seque
                 group["lr"] = options.learning_rate * factor
             micro = [batch.to(device) for batch in batches(step)]
             weights = [objective.weight(batch) for batch in micro]
+            [whole] = distributed.totals([sum(weights)])
             model.train()
             values: dict[str, float] = {}
             for batch, weight in zip(micro, weights, strict=True):
-                share = weight / max(1, sum(weights))
+                share = weight / max(1, whole)
                 with autocast(device, options.bf16):
                     loss, metrics = objective(batch)
                 (loss * share).backward()
                 for key, value in {"loss": loss.detach(), **metrics}.items():
                     values[key] = values.get(key, 0.0) + share * float(value)
+            distributed.sum_gradients(model.parameters())
+            values = dict(zip(values, distributed.totals(list(values.values())), strict=True))
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), options.max_grad_norm or float("inf"))
             values["grad_norm"] = float(norm)
             if not all(abs(values[key]) < float("inf") for key in ("loss", "grad_norm")):
@@ -135,7 +149,7 @@ def train(model: nn.Module, objective: Objective, batches: Callable[[int], Seque
                                f"updated, the last good checkpoint is {good}; try a lower --learning-rate")
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            window.add(values, sum(weights))
+            window.add(values, whole)
             done = step + 1
             last = done == total_steps
             if (options.logging_steps and done % options.logging_steps == 0) or last:
@@ -145,9 +159,10 @@ def train(model: nn.Module, objective: Objective, batches: Callable[[int], Seque
                 bar.set_postfix_str(f"loss {means['loss']:.3f}")
             if evaluate is not None and options.eval_steps and (done % options.eval_steps == 0 or last):
                 log(done, evaluate(done))
-            if (options.save_steps and done % options.save_steps == 0) or last or signals:
+            [stop] = distributed.totals([len(signals)])  # a signal to one process stops all after the same step
+            if (options.save_steps and done % options.save_steps == 0) or last or stop:
                 saved = save(done)
             bar.update()
-            if signals:
+            if stop:
                 raise Interrupted(f"{title}: stopped after step {done} of {total_steps}, all is saved in {saved}; "
                                   "the same command goes on from there")

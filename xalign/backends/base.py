@@ -8,23 +8,33 @@ from xalign.errors import ConfigError
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How to draw completions. `temperature` 0 is greedy; `top_k`, `top_p`, `min_p` None keep all tokens.
+    """How to draw; without any of these: temperature 1, unfiltered. Raises `ConfigError` for values that make no sense.
 
-    `n` completions a prompt; `stop` strings end a completion and are no part of it; `beams` > 1 searches instead.
-    A `seed` makes a prompt's draws depend on its index alone, whatever the batches. Raises `ConfigError`.
+    A `seed` makes a prompt's draws depend on its index alone, whatever the batches.
     """
 
     temperature: float = 1.0
+    """0 is greedy."""
     top_k: int | None = None
+    """Keep the k likeliest tokens."""
     top_p: float | None = None
+    """Keep the smallest set of tokens with this mass."""
     min_p: float | None = None
+    """Keep tokens at least this many times as likely as the likeliest."""
     repetition_penalty: float = 1.0
+    """Divide the logits of tokens seen; 1 changes nothing."""
     max_new_tokens: int = 256
+    """Length of a completion at most."""
     n: int = 1
-    beams: int = 1
-    length_penalty: float = 1.0
+    """Completions a prompt."""
     stop: tuple[str, ...] = ()
+    """Strings that end a completion (and are no part of it)."""
     seed: int | None = None
+    """Seed of the draws; none: another text each time."""
+    beams: int = 1
+    """Beam search of this width instead of sampling."""
+    length_penalty: float = 1.0
+    """Exponent of the length in a beam's score."""
 
     def __post_init__(self) -> None:
         limits = {"temperature": (0, math.inf), "top_p": (0, 1), "min_p": (0, 1), "repetition_penalty": (1e-6, math.inf),

@@ -6,17 +6,27 @@ render to. The string is cut at the borders of these spans and at special tokens
 So the ids of a prompt at inference are exactly those that training saw in front of the reply.
 
 - Scored are the assistant's texts and the token that ends each turn. That is the special token which the template
-  puts there (`<|im_end|>`), or EOS, which is added where there is none. A final turn ends with it: blanks after it go.
-- One BOS stands in front if the tokenizer has one, whatever the template does.
+  puts there (`<|im_end|>`), or EOS, which is added where there is none: then blanks at the end of the text go.
+- A reply begins where the generation prompt ends, also where the template's block begins only after a blank.
+- One BOS stands in front if the tokenizer adds one or the template writes one, never two. Those that a template writes
+  between turns stay. Where a text would begin with a scored token, BOS or EOS goes in front, so that it can be predicted.
 - Special tokens come from the template only: in a message, `</s>` or `<|user|>` is spelt out as ordinary text.
 
-Templates are untrusted code and run in jinja's immutable sandbox. Left out: tools and documents.
+Otherwise ids, masks and the split into prompt and completion are those of transformers' `apply_chat_template` and of
+trl. What differs follows from the rule, and tests/test_chat_parity.py has a test for each: special tokens in a message
+are spelt out; no token straddles the border of prompt and reply; the end of turn is scored also outside the block, and
+so is a blank before it that is a token of its own; one BOS whatever the template does; a turn that ends with nothing
+gets an EOS; a text of nothing begins with BOS or EOS. Blanks that an added token (`rstrip`) would swallow are kept.
+
+Templates are untrusted code and run in jinja's immutable sandbox, which also bounds their loops and what `+` and `*`
+make; a filter can still make a large text. Left out: tools and documents.
 """
 
 import itertools
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
@@ -39,6 +49,8 @@ DEFAULT_TEMPLATE = (
 # Unicode noncharacters, which steer the way from a rendered string to ids; in a message they are escaped.
 _MARKS = "\ufdd0\ufdd1\ufdd2\ufdd3"
 _OPEN, _CLOSE, _BREAK, _ESCAPE = list(_MARKS)
+MAX_STEPS, MAX_LENGTH = 2_000_000, 50_000_000  # of all loops of a rendering together; of what `+` and `*` make
+Named = tuple[tuple[str, str], ...]  # the control tokens by the names that templates know, ("bos_token", "<s>")
 
 
 @dataclass(frozen=True)
@@ -64,39 +76,48 @@ def render(
     """
     template = template or tokenizer.chat_template or DEFAULT_TEMPLATE
     specials = tokenizer.special_tokens
-    closer = _closer(template, tokenizer.bos_token, tokenizer.eos_token, tuple(specials))
-    compiled = _Conversation(template, messages, tokenizer.bos_token, tokenizer.eos_token, tuple(specials))
+    controls = {"bos_token": tokenizer.bos_token, "eos_token": tokenizer.eos_token, "pad_token": tokenizer.pad_token}
+    named = tuple((name, text if text in specials else "") for name, text in controls.items())
+    closer = _closer(template, named, tuple(specials))
+    compiled = _Conversation(template, messages, named, tuple(specials))
     text, spans = compiled.spans(add_generation_prompt)
     pieces: list[tuple[str, bool]] = []
-    at = 0
+    at, ended = 0, False
     for start, end in spans:
         pieces.append((text[at:start], False))
         turn = text[start:end] if compiled.has_blocks else text[start:end].rstrip()
         after = re.compile(rf"\s*{re.escape(closer)}").match(text, end)
+        ended = True
         if turn.rstrip().endswith(closer):
             turn = turn.rstrip()
             at = start + len(turn)
         elif after:
             at, turn = after.end(), text[start : after.end()]
         else:
-            at, turn = start + len(turn), turn + closer
+            at, turn, ended = start + len(turn), turn + closer, False
         pieces.append((turn, True))
-    if add_generation_prompt or text[at:].strip() or not spans:
+    if add_generation_prompt or text[at:].strip() or ended or not spans:
         pieces.append((text[at:], False))
 
     tokens: list[tuple[int, bool]] = []
+    before = ""
     for piece, scored in pieces:
-        for part in re.split(f"({either(specials)})", piece):
-            ids = [specials[part]] if part in specials else tokenizer.encode(_plain(part), markers=False)
+        for part in compiled.cut.split(piece):
+            if part in specials:
+                ids, before = [specials[part]], "token"
+            elif plain := _plain(part):
+                ids, before = tokenizer.encode_part(plain, before), "text"
+            else:
+                continue
             tokens += [(id, scored) for id in ids]
     bos = tokenizer.bos_id
-    if bos is not None:
-        # Where EOS is the same token, only those at the beginning are surely meant as BOS.
-        first = next((i for i, (id, _) in enumerate(tokens) if id != bos), len(tokens))
-        tokens = [(bos, False), *(t for t in tokens[first:] if t[0] != bos or bos == tokenizer.eos_id)]
-    stops = [id for id in (specials.get(closer), tokenizer.eos_id) if id is not None]
+    first = next((i for i, (id, _) in enumerate(tokens) if id != bos), len(tokens))
+    if first:
+        tokens = tokens[first - 1 :]
+    elif tokenizer.adds_bos or not tokens or tokens[0][1]:
+        tokens = [(id, False) for id in _start(tokenizer)] + tokens
     mask = [scored for _, scored in tokens]
-    return Rendered([id for id, _ in tokens], mask, _plain(text), list(dict.fromkeys(stops)))
+    return Rendered([id for id, _ in tokens], mask, _plain(text), _stops(tokenizer, specials.get(closer)))
 
 
 def render_text(tokenizer: Tokenizer, prompt: str, completion: str | None = None) -> Rendered:
@@ -104,11 +125,25 @@ def render_text(tokenizer: Tokenizer, prompt: str, completion: str | None = None
 
     A plain document is a completion of "". Without a completion: the ids to continue at inference.
     """
-    ids = tokenizer.encode(prompt, bos=True, markers=False)
-    reply = [] if completion is None else tokenizer.encode(completion, eos=True, markers=False)
-    mask = [False] * len(ids) + [True] * len(reply)
-    stops = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
-    return Rendered(ids + reply, mask, prompt + (completion or ""), stops)
+    head = _start(tokenizer) if tokenizer.adds_bos or not prompt else []
+    head += tokenizer.encode(prompt, markers=False)
+    reply: list[int] = []
+    if completion is not None:
+        reply = tokenizer.encode_part(completion, "text" if prompt else "")
+        reply += [] if tokenizer.eos_id is None else [tokenizer.eos_id]
+    mask = [False] * len(head) + [True] * len(reply)
+    return Rendered(head + reply, mask, prompt + (completion or ""), _stops(tokenizer))
+
+
+def _start(tokenizer: Tokenizer) -> list[int]:
+    """What a text begins with: BOS, or EOS where there is none, as texts follow one another in pretraining."""
+    start = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
+    return [] if start is None else [start]
+
+
+def _stops(tokenizer: Tokenizer, *closers: int | None) -> list[int]:
+    stops = (*closers, tokenizer.eos_id, *tokenizer.stop_ids)
+    return list(dict.fromkeys(id for id in stops if id is not None))
 
 
 def render_prompt(tokenizer: Tokenizer, prompt: Text, template: str | None = None) -> Rendered:
@@ -140,10 +175,10 @@ def render_completion(
 class _Conversation:
     """Messages with their special tokens disarmed, and the compiled template that writes them."""
 
-    def __init__(self, template: str, messages: Sequence[Message], bos: str, eos: str, specials: tuple[str, ...]):
-        self.template, self.has_blocks = _compile(template), bool(re.search(r"{%-?\s*generation\s*-?%}", template))
-        self.tokens = {"bos_token": bos if bos in specials else "", "eos_token": eos if eos in specials else ""}
-        disarm = re.compile(f"(?={either(specials)})(.)", re.DOTALL)
+    def __init__(self, template: str, messages: Sequence[Message], named: Named, specials: tuple[str, ...]):
+        self.template, self.has_blocks = _compile(template), bool(re.search(r"{%[-+]?\s*generation\s*[-+]?%}", template))
+        self.tokens = dict(named)
+        self.cut, disarm = _patterns(specials)
         self.messages = []
         for message in messages:
             escaped = re.sub(f"[{_MARKS}]", lambda mark: _ESCAPE + str(_MARKS.index(mark[0])), message.content)
@@ -152,6 +187,7 @@ class _Conversation:
     def write(self, count: int, add_generation_prompt: bool) -> str:
         """Render the first `count` messages."""
         try:
+            _steps.set(iter(range(MAX_STEPS)))
             return self.template.render(
                 messages=self.messages[:count], add_generation_prompt=add_generation_prompt, tools=None, documents=None,
                 **self.tokens,
@@ -166,7 +202,11 @@ class _Conversation:
         if self.has_blocks:
             parts = re.split(f"[{_OPEN}{_CLOSE}]", text)
             ends = list(itertools.accumulate(map(len, parts)))
-            return "".join(parts), list(zip(ends[0:-1:2], ends[1::2], strict=True))
+            text, spans = "".join(parts), list(zip(ends[0:-1:2], ends[1::2], strict=True))
+            replies = [i for i, message in enumerate(self.messages) if message["role"] == "assistant"]
+            if len(replies) == len(spans):
+                spans = [(self._begin(text, start, i), end) for i, (start, end) in zip(replies, spans, strict=True)]
+            return text, spans
         for i, message in enumerate(self.messages):
             if message["role"] == "assistant":
                 head, turn = self.write(i, True), self.write(i + 1, False)
@@ -179,12 +219,28 @@ class _Conversation:
                     )
         return text, spans
 
+    def _begin(self, text: str, start: int, reply: int) -> int:
+        """Where a reply begins: its block, or the blanks before it that the generation prompt doesn't have."""
+        if text[:start].rstrip() == text[:start]:
+            return start
+        try:
+            head = re.sub(f"[{_OPEN}{_CLOSE}]", "", self.write(reply, True))
+        except DataError:  # some refuse to begin a conversation with a reply
+            return start
+        return len(head) if text.startswith(head) and text[len(head) : start].isspace() else start
+
 
 @lru_cache(maxsize=64)
-def _closer(template: str, bos: str, eos: str, specials: tuple[str, ...]) -> str:
+def _patterns(specials: tuple[str, ...]) -> tuple[re.Pattern[str], re.Pattern[str]]:
+    """What cuts a text at special tokens, and what finds the first character of each."""
+    return re.compile(f"({either(specials)})"), re.compile(f"(?={either(specials)})(.)", re.DOTALL)
+
+
+@lru_cache(maxsize=64)
+def _closer(template: str, named: Named, specials: tuple[str, ...]) -> str:
     """The special token that a template puts after the assistant's text, else EOS ("" without one)."""
     reply = "\u00a4"
-    conversation = _Conversation(template, [Message("user", "?"), Message("assistant", reply)], bos, eos, specials)
+    conversation = _Conversation(template, [Message("user", "?"), Message("assistant", reply)], named, specials)
     try:
         text = conversation.write(2, False)
     except DataError:  # it wants other messages than these; it will say so when it gets the real ones
@@ -213,6 +269,45 @@ class _Generation(jinja2.ext.Extension):
         return f"{_OPEN}{caller()}{_CLOSE}"
 
 
+_steps: ContextVar[Iterator[int]] = ContextVar("_steps")
+
+
+def _counted(items: Iterable[Any]) -> Iterator[Any]:
+    """The items of a loop, as long as the rendering has steps left."""
+    for item in items:
+        if next(_steps.get(), None) is None:
+            raise jinja2.TemplateError(f"its loops take more than {MAX_STEPS:,} steps")
+        yield item
+
+
+class _Sandbox(ImmutableSandboxedEnvironment):
+    """jinja's sandbox, which bounds `range`, with all loops bounded and the results of `+`, `*` and `**`."""
+
+    intercepted_binops = frozenset(["+", "*", "**"])
+
+    def _parse(self, *arguments: Any) -> jinja2.nodes.Template:
+        tree = super()._parse(*arguments)
+        for loop in tree.find_all(jinja2.nodes.For):
+            if not loop.recursive:  # those end with python's stack
+                loop.iter = jinja2.nodes.Filter(loop.iter, "_counted", [], [], None, None, lineno=loop.lineno)
+        return tree
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        if _size(operator, left, right) > MAX_LENGTH:
+            raise jinja2.TemplateError(f"its {operator} makes more than {MAX_LENGTH:,} characters, items or digits")
+        return super().call_binop(context, operator, left, right)
+
+
+def _size(operator: str, left: Any, right: Any) -> int:
+    """About how many characters, items or digits `left operator right` has; 0 for what can't grow."""
+    if isinstance(left, int) and isinstance(right, int):
+        bits = left.bit_length() * abs(right) if operator == "**" else left.bit_length() + right.bit_length()
+        return bits * 3 // 10
+    sizes = [len(side) for side in (left, right) if isinstance(side, str | list | tuple)]
+    times = [side for side in (left, right) if isinstance(side, int)]
+    return sum(sizes) * (times[0] if times and operator == "*" else 1)
+
+
 @lru_cache(maxsize=64)
 def _compile(template: str) -> jinja2.Template:
     def tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
@@ -221,10 +316,8 @@ def _compile(template: str) -> jinja2.Template:
     def raise_exception(message: str) -> None:
         raise jinja2.TemplateError(message)
 
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
-    )
-    environment.filters["tojson"] = tojson
+    environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols])
+    environment.filters |= {"tojson": tojson, "_counted": _counted}
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     try:

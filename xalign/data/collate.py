@@ -3,9 +3,10 @@
 Everything that has to do with position is a pure function of (seed, step): to resume at step N, begin at step N.
 """
 
+import array
 import itertools
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Literal, Self
 
@@ -251,7 +252,7 @@ class Schedule:
         self.rank, self.world_size = rank, world_size
         self._size = batch_size * world_size
         self._steps = max(1, (len(lengths) + self._size - world_size) // self._size)
-        self._cached: tuple[int, list[list[int]]] = (-1, [])
+        self._cached: tuple[int, list[array.array]] = (-1, [])
 
     def __len__(self) -> int:
         return self._steps
@@ -261,12 +262,12 @@ class Schedule:
         epoch, position = divmod(step, self._steps)
         if self._cached[0] != epoch:
             self._cached = epoch, self._epoch(epoch)
-        return self._cached[1][position][self.rank :: self.world_size]
+        return self._cached[1][position][self.rank :: self.world_size].tolist()
 
-    def _epoch(self, epoch: int) -> list[list[int]]:
+    def _epoch(self, epoch: int) -> list[array.array]:
         """All steps of an epoch, each with the rows of all ranks."""
         draw = random.Random(f"{self.seed}:{epoch}")  # a string is hashed alike in every process
-        order = list(range(len(self.lengths)))
+        order = array.array("I", range(len(self.lengths)))  # compact, and shuffled as a list would be
         draw.shuffle(order)
         last = (self._steps - 1) * self._size
         last += self._size if len(order) == last + self._size else 0  # a full last step is one like the others
@@ -274,23 +275,24 @@ class Schedule:
         if self.group_by_length:
             run = 50 * self._size
             runs = (sorted(order[i : i + run], key=self.lengths.__getitem__) for i in range(0, last, run))
-            order = list(itertools.chain.from_iterable(runs))
+            order = array.array("I", itertools.chain.from_iterable(runs))
         steps = [order[i : i + self._size] for i in range(0, last, self._size)]
         draw.shuffle(steps)
-        return [*steps, rest] if rest else steps
+        return [*steps, rest] if len(rest) else steps
 
 
-def mixture(sizes: Sequence[int], weights: Sequence[float], seed: int, epoch: int) -> list[tuple[int, int]]:
+def mixture(sizes: Sequence[int], weights: Sequence[float], seed: int, epoch: int) -> Iterator[tuple[int, int]]:
     """The (dataset, row) pairs of one epoch over several datasets, in order; the number is the same every epoch.
 
     Weight 2 takes every row twice, 0.5 a half that is drawn anew by (seed, epoch), 1.5 every row and such a half.
     """
     if len(sizes) != len(weights) or any(not 0 <= weight < float("inf") for weight in weights):
         raise ConfigError(f"weights {list(weights)} for {len(sizes)} datasets; allowed: one number ≥ 0 for each")
-    rows: list[tuple[int, int]] = []
-    for dataset, (size, weight) in enumerate(zip(sizes, weights, strict=True)):
+
+    def passes(dataset: int) -> Iterator[Sequence[int]]:
+        size, whole = sizes[dataset], int(weights[dataset])
+        yield from itertools.repeat(range(size), whole)
         draw = random.Random(f"{seed}:{epoch}:{dataset}")
-        whole = int(weight)
-        rest = draw.sample(range(size), round(size * (weight - whole)))
-        rows += [(dataset, row) for row in [*list(range(size)) * whole, *sorted(rest)]]
-    return rows
+        yield sorted(draw.sample(range(size), round(size * (weights[dataset] - whole))))
+
+    return ((dataset, row) for dataset in range(len(sizes)) for rows in passes(dataset) for row in rows)

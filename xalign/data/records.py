@@ -1,4 +1,4 @@
-"""The records that every dataset becomes: `Message`, `PreferencePair`, `Example`; wrong ones can't be made.
+"""The records that every dataset becomes: `Message`, `PreferencePair`, `Example`, `Labelled`; wrong ones can't be made.
 
 A prompt or a completion is a `Text`: plain text, or a tuple of messages. One record never mixes the two.
 "Empty" means: nothing but blanks. `where` is the `path:line` that a record came from, and begins its errors.
@@ -22,7 +22,8 @@ class Message:
     def __post_init__(self) -> None:
         if self.role not in ROLES:
             raise DataError(f"unknown role {self.role!r}; allowed: {', '.join(ROLES)}")
-        _check_text(self.content, f"the content of the {self.role}'s message")
+        if not (isinstance(self.content, str) and self.content.isascii()):  # the most are, and need no more
+            _check_text(self.content, f"the content of the {self.role}'s message")
 
 
 Text = str | tuple[Message, ...]
@@ -44,12 +45,8 @@ class PreferencePair:
 
     def __post_init__(self) -> None:
         _check_kinds(self.where, prompt=self.prompt, chosen=self.chosen, rejected=self.rejected)
-        for name, side in (("chosen", self.chosen), ("rejected", self.rejected)):
-            if isinstance(side, tuple) and [message.role for message in side] != ["assistant"]:
-                roles = ", ".join(message.role for message in side) or "none"
-                raise _error(self.where, f"{name!r} must be one assistant message, not: {roles}")
-            if is_empty(side):
-                raise _error(self.where, f"{name!r} is an empty completion")
+        _check_reply(self.where, "chosen", self.chosen)
+        _check_reply(self.where, "rejected", self.rejected)
         if self.margin is not None and not math.isfinite(self.margin):
             raise _error(self.where, f"'margin' must be a finite number, not {self.margin}")
 
@@ -78,6 +75,23 @@ class Example:
             raise _error(self.where, f"the completion {what}")
 
 
+@dataclass(frozen=True)
+class Labelled:
+    """A prompt, one completion of it, and whether that is a good one (KTO's data; TRL's column `label`).
+
+    As in a `PreferencePair` both are strings or both tuples of messages, and the completion is not empty.
+    """
+
+    prompt: Text
+    completion: Text
+    label: bool
+    where: str = ""
+
+    def __post_init__(self) -> None:
+        _check_kinds(self.where, prompt=self.prompt, completion=self.completion)
+        _check_reply(self.where, "completion", self.completion)
+
+
 def is_empty(text: Text) -> bool:
     """Whether a completion is blank; of messages, whether every assistant turn is."""
     if isinstance(text, str):
@@ -89,12 +103,22 @@ def _check_kinds(where: str, **texts: Text) -> None:
     """Raise unless all are strings, or all are tuples of messages."""
     for name, text in texts.items():
         if isinstance(text, str):
-            _check_text(text, repr(name), where)
+            if not text.isascii():
+                _check_text(text, repr(name), where)
         elif not isinstance(text, tuple) or not all(isinstance(message, Message) for message in text):
             raise _error(where, f"{name!r} must be text or a tuple of messages, not {type(text).__name__}")
     if len({type(text) for text in texts.values()}) > 1:
         kinds = ", ".join(f"{name!r} is {'text' if isinstance(t, str) else 'messages'}" for name, t in texts.items())
         raise _error(where, f"text and messages are mixed: {kinds}")
+
+
+def _check_reply(where: str, name: str, text: Text) -> None:
+    """Raise unless a completion is text, or one assistant message, and not blank."""
+    if isinstance(text, tuple) and [message.role for message in text] != ["assistant"]:
+        roles = ", ".join(message.role for message in text) or "none"
+        raise _error(where, f"{name!r} must be one assistant message, not: {roles}")
+    if is_empty(text):
+        raise _error(where, f"{name!r} is an empty completion")
 
 
 def _check_text(text: str, name: str, where: str = "") -> None:

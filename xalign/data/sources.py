@@ -1,37 +1,47 @@
-"""Files to records: JSONL, JSON and text, plain or gzipped; every dataset's oddity is dealt with here.
+"""Raw records to pairs, examples, labelled completions and prompts; every dataset's oddity is dealt with here.
 
 Shapes of a preference record (other columns are ignored, but for `margin`, or `score_chosen` and `score_rejected`):
-- `prompt`, `chosen`, `rejected` as text, or as messages `{"role", "content"}`, with or without the prompt repeated
-  in the completions;
-- `chosen` and `rejected` as conversations that differ in the last message: the rest is the prompt;
+- `prompt`, `chosen`, `rejected` as text (TRL standard, RewardBench), or as messages `{"role", "content"}` (TRL
+  conversational), with or without the prompt repeated in the completions;
+- a prompt of messages and two texts, which are one assistant message each (RewardBench's prior sets);
+- `chosen` and `rejected` as conversations that differ in the last message: the rest is the prompt. UltraFeedback's
+  `prompt` repeats the text of their first message;
 - Anthropic's HH-RLHF: two texts of `\\n\\nHuman:` and `\\n\\nAssistant:` turns, split at the last `\\n\\nAssistant:`;
 - two texts without a prompt: the prompt is "". A shared beginning ("I like") is *not* moved into the prompt: where it
   ends is an accident of the answers, and in the difference of two log-ratios it cancels anyway.
 
-Shapes to imitate: `messages`; `prompt` and `completion`; `text`; a line of a .txt file; the chosen side of a pair.
-Anything wrong is a `DataError` that begins with `path:line` (in a .json list the record's number, from 1). Three flaws
-that are common in real data are counted in a `ReadReport` instead: identical sides, prompts that differ, and
-HH-RLHF's empty replies.
+Shapes to imitate: `messages`; `prompt` and `completion`; `instruction` (with `input`) and `output` (AlpacaEval), which
+become a user's and an assistant's message; `text`; a line of a .txt file; the chosen side of a pair.
+Labelled: `completion` (with `prompt`), or `messages`, and `label`; a pair is two of them.
+
+A column that is null counts as absent. `columns` gives standard names to a file's own: `{"chosen": "better"}`.
+Anything wrong is a `DataError` that begins with `path:line` (see `data.files`). Flaws that are common in real data are
+counted in a `ReadReport` instead: identical sides, prompts that differ, HH-RLHF's empty replies, and, where examples
+are read, completions that are labelled undesirable.
 """
 
-import codecs
-import gzip
 import itertools
-import json
-import os
 import re
-import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from functools import lru_cache, partial
+from typing import Any, Literal, TypeVar
 
-from xalign.data.records import Example, Message, PreferencePair, Text, is_empty
-from xalign.errors import ConfigError, DataError
+from xalign.data.files import Path, keys_of, raw_records
+from xalign.data.records import Example, Labelled, Message, PreferencePair, Text, is_empty
+from xalign.errors import ConfigError, DataError, nearest
 
+NAMES = ("prompt", "chosen", "rejected", "completion", "label", "messages", "text", "instruction", "input", "output",
+         "margin", "score_chosen", "score_rejected")  # fmt: skip
+"""The columns that are read, by their standard names."""
 PAIR_SHAPES = "prompt+chosen+rejected, chosen+rejected"
-EXAMPLE_SHAPES = f"messages, prompt+completion, text, {PAIR_SHAPES}"
+LABELLED_SHAPES = f"prompt+completion+label, messages+label, {PAIR_SHAPES}"
+EXAMPLE_SHAPES = f"messages, prompt+completion, instruction+output, text, {PAIR_SHAPES}"
+PROMPT_SHAPES = "a record with prompt, messages, instruction or text"
 TURN = re.compile(r"\n\n(Human|Assistant):")
-Path = str | os.PathLike[str]
+Record = dict[str, Any]
+Identical = Literal["drop", "keep"]
+T = TypeVar("T")
 
 
 @dataclass
@@ -53,70 +63,172 @@ class ReadReport:
         return f"{self.kept:,} of {self.records:,} records kept" + "".join(flaws)
 
 
-def read_pairs(
-    path: Path,
-    *,
-    identical: Literal["drop", "keep"] = "drop",
-    limit: int | None = None,
-    report: ReadReport | None = None,
-) -> list[PreferencePair]:
+def read_pairs(path: Path, *, identical: Identical = "drop", columns: Mapping[str, str] | None = None,
+               limit: int | None = None, report: ReadReport | None = None) -> list[PreferencePair]:
     """The preference pairs of a file, at most `limit`; see `iter_pairs`."""
-    return list(itertools.islice(iter_pairs(path, identical=identical, report=report), limit))
+    return list(itertools.islice(iter_pairs(path, identical=identical, columns=columns, report=report), limit))
 
 
-def iter_pairs(
-    path: Path, *, identical: Literal["drop", "keep"] = "drop", report: ReadReport | None = None
-) -> Iterator[PreferencePair]:
-    """Yield a file's preference pairs, one line in memory at a time (.json: all), and count into `report`.
+def iter_pairs(path: Path, *, identical: Identical = "drop", columns: Mapping[str, str] | None = None,
+               report: ReadReport | None = None) -> Iterator[PreferencePair]:
+    """Yield a file's preference pairs, one record in memory at a time (.json: all), and count into `report`.
 
-    `identical` says what to do with chosen == rejected. Raises `DataError` for a bad record or a file without a pair.
+    `identical` says what to do with chosen == rejected, `columns` which column of the file bears a standard name.
+    Raises `DataError` for a bad record or a file without a pair, `ConfigError` for an unknown standard name.
     """
+    return _read(path, partial(to_pair, identical=identical), "preference pair", columns, report)
+
+
+def read_examples(path: Path, *, every_turn: bool = False, columns: Mapping[str, str] | None = None,
+                  limit: int | None = None, report: ReadReport | None = None) -> list[Example]:
+    """The examples to imitate of a file, at most `limit`; see `iter_examples`."""
+    return list(itertools.islice(iter_examples(path, every_turn=every_turn, columns=columns, report=report), limit))
+
+
+def iter_examples(path: Path, *, every_turn: bool = False, columns: Mapping[str, str] | None = None,
+                  report: ReadReport | None = None) -> Iterator[Example]:
+    """Yield a file's examples, streamed as in `iter_pairs`; of a pair its chosen side, of labelled ones the desirable.
+
+    `every_turn` is `pair_to_example`'s. Raises as `iter_pairs` does.
+    """
+    return _read(path, partial(to_example, every_turn=every_turn), "example", columns, report)
+
+
+def read_labelled(path: Path, *, identical: Identical = "drop", columns: Mapping[str, str] | None = None,
+                  limit: int | None = None, report: ReadReport | None = None) -> list[Labelled]:
+    """The labelled completions of a file, at most `limit`; see `iter_labelled`."""
+    return list(itertools.islice(iter_labelled(path, identical=identical, columns=columns, report=report), limit))
+
+
+def iter_labelled(path: Path, *, identical: Identical = "drop", columns: Mapping[str, str] | None = None,
+                  report: ReadReport | None = None) -> Iterator[Labelled]:
+    """Yield a file's labelled completions, streamed as in `iter_pairs`; of a pair chosen (True), then rejected (False).
+
+    Raises as `iter_pairs` does.
+    """
+    read = partial(to_labelled, identical=identical)
+    return itertools.chain.from_iterable(_read(path, read, "labelled completion", columns, report))
+
+
+def read_prompts(path: Path, *, columns: Mapping[str, str] | None = None,
+                 limit: int | None = None, report: ReadReport | None = None) -> list[Text]:
+    """The prompts of a file, at most `limit`; see `iter_prompts`."""
+    return list(itertools.islice(iter_prompts(path, columns=columns, report=report), limit))
+
+
+def iter_prompts(path: Path, *, columns: Mapping[str, str] | None = None,
+                 report: ReadReport | None = None) -> Iterator[Text]:
+    """Yield a file's prompts: a line of a .txt, `prompt`, `messages` or `instruction` of a record, a pair's prompt.
+
+    Raises as `iter_pairs` does.
+    """
+    return _read(path, to_prompt, "prompt", columns, report)
+
+
+def _read(path: Path, read: Callable[[Record, str, ReadReport], T | None], what: str,
+          columns: Mapping[str, str] | None, report: ReadReport | None) -> Iterator[T]:
+    """Yield what `read` makes of every record of a file; raises where that is nothing at all."""
+    report = ReadReport() if report is None else report
+    kept = 0
+    for where, record in iter_records(path, columns):
+        report.records += 1
+        if (item := read(record, where, report)) is not None:
+            kept, report.kept = kept + 1, report.kept + 1
+            yield item
+    if not kept:
+        raise DataError(f"{path}: no usable {what} ({report})")
+
+
+def column_names(settings: Iterable[str]) -> dict[str, str] | None:
+    """`("chosen=better",)` as {"chosen": "better"}: a standard name, and the file's; None where there are none."""
+    names: dict[str, str] = {}
+    for setting in settings:
+        ours, equals, theirs = setting.partition("=")
+        if not (ours and equals and theirs) or ours in names:
+            raise ConfigError(f"--columns has {setting!r}, allowed are settings like chosen=better, each name once")
+        names[ours] = theirs
+    return names or None
+
+
+def iter_records(path: Path, columns: Mapping[str, str] | None = None) -> Iterator[tuple[str, Record]]:
+    """Yield `path:line` and every raw record under its standard names, for the functions below."""
+    columns = columns or {}
+    for name in columns:
+        if name not in NAMES:
+            raise ConfigError(f"columns: no standard name {name!r}{nearest(name, NAMES)}; allowed: {', '.join(NAMES)}")
+    own = set(columns.values())
+    for where, record in raw_records(path, (*NAMES, *own)):
+        if columns:
+            for name, theirs in columns.items():
+                if theirs not in record:
+                    raise DataError(f"{where}: no column {theirs!r} to take as {name!r}, only {keys_of(record)}")
+            # the file's names make way, as a renamed column does
+            rest = {name: value for name, value in record.items() if name not in own}
+            record = rest | {name: record[theirs] for name, theirs in columns.items()}
+        yield where, record
+
+
+def shape_of(record: Record, where: str) -> tuple[Literal["pairs", "labelled", "examples", "prompts"], str]:
+    """What a record is best read as, and the name of its shape. Raises `DataError` for an unknown one."""
+    def form(*names: str) -> str:
+        return "standard" if all(isinstance(record.get(name, ""), str) for name in names) else "conversational"
+
+    if _has(record, "chosen") or _has(record, "rejected"):
+        told = _has(record, "prompt")
+        if not told and _is_dialogue(record.get("chosen")):
+            return "pairs", "Anthropic HH-RLHF, dialogues as text, implicit prompt"
+        if "subset" in record and "id" in record:
+            return "pairs", f"RewardBench, {'prior sets' if form('prompt') == 'conversational' else 'standard'}"
+        if _has(record, "score_chosen") and form("chosen") == "conversational":
+            return "pairs", "UltraFeedback-binarized, conversations with scores"
+        words = form("chosen", "rejected"), "explicit" if told else "implicit"
+        return "pairs", f"TRL preference, {words[0]}, {words[1]} prompt"
+    if _has(record, "label"):
+        return "labelled", f"TRL unpaired preference (KTO), {form('completion', 'messages')}"
+    if _has(record, "messages"):
+        return "examples", "conversations (TRL messages)"
+    if _has(record, "completion"):
+        return "examples", f"TRL prompt-completion, {form('completion')}"
+    if _has(record, "output"):
+        return "examples", "AlpacaEval outputs"
+    if _has(record, "text"):
+        return "examples", "plain text"
+    if _has(record, "prompt"):
+        return "prompts", f"TRL prompt-only, {form('prompt')}"
+    if _has(record, "instruction"):
+        return "prompts", "AlpacaEval instructions"
+    raise DataError(f"{where}: a record of unknown shape with {keys_of(record)}; allowed: prompt, {EXAMPLE_SHAPES}")
+
+
+def to_pair(record: Record, where: str, report: ReadReport, identical: Identical = "drop") -> PreferencePair | None:
+    """One preference record, or None where it has a flaw that is counted."""
     if identical not in ("drop", "keep"):
         raise ConfigError(f"identical={identical!r} is not allowed; allowed: 'drop', 'keep'")
-    report = ReadReport() if report is None else report
-    kept = 0
-    for where, record in _records(path, report):
-        pair = _pair(record, where, report, PAIR_SHAPES)
-        if pair is not None and pair.identical:
-            report.count("chosen and rejected identical" + (", dropped" if identical == "drop" else ", kept"), where)
-            pair = None if identical == "drop" else pair
-        if pair is not None:
-            kept, report.kept = kept + 1, report.kept + 1
-            yield pair
-    if not kept:
-        raise DataError(f"{os.fspath(path)}: no usable preference pair ({report})")
+    if _has(record, "label") and not _has(record, "chosen"):
+        raise DataError(f"{where}: a labelled record (completion, label), not a pair; allowed: {PAIR_SHAPES}. "
+                        "Labels are for the loss kto; xalign sft imitates the desirable ones")
+    pair = _pair(record, where, report, PAIR_SHAPES)
+    if pair is not None and pair.identical:
+        report.count(f"chosen and rejected identical, {'dropped' if identical == 'drop' else 'kept'}", where)
+        return None if identical == "drop" else pair
+    return pair
 
 
-def read_examples(
-    path: Path, *, every_turn: bool = False, limit: int | None = None, report: ReadReport | None = None
-) -> list[Example]:
-    """The examples to imitate of a file, at most `limit`; see `iter_examples`."""
-    return list(itertools.islice(iter_examples(path, every_turn=every_turn, report=report), limit))
-
-
-def iter_examples(path: Path, *, every_turn: bool = False, report: ReadReport | None = None) -> Iterator[Example]:
-    """Yield a file's examples, one line in memory at a time; of a preference pair its chosen side.
-
-    `every_turn` is `pair_to_example`'s. Raises `DataError` for a bad record or a file without a record.
-    """
-    report = ReadReport() if report is None else report
-    kept = 0
-    for where, record in _records(path, report):
-        example: Example | None
-        if "messages" in record:
-            example = Example((), _messages(record["messages"], "messages", where), where)
-        elif "prompt" in record and "completion" in record:
-            example = Example(_text(record, "prompt", where), _text(record, "completion", where), where)
-        elif "text" in record and "chosen" not in record:
-            example = Example("", _text(record, "text", where), where)
-        else:
-            pair = _pair(record, where, report, EXAMPLE_SHAPES)
-            example = None if pair is None else pair_to_example(pair, every_turn)
-        if example is not None:
-            kept, report.kept = kept + 1, report.kept + 1
-            yield example
-    if not kept:
-        raise DataError(f"{os.fspath(path)}: no usable example ({report})")
+def to_example(record: Record, where: str, report: ReadReport, every_turn: bool = False) -> Example | None:
+    """One example to imitate, or None where the record has a flaw that is counted, or is labelled undesirable."""
+    if _has(record, "label") and not _has(record, "chosen") and not _label(record, where):
+        report.count("labelled undesirable, dropped", where)
+        return None
+    if _has(record, "messages"):
+        return Example((), _messages(record["messages"], "messages", where), where)
+    if _has(record, "completion"):
+        return Example(*_prompt_and_completion(record, where), where)
+    if _has(record, "instruction") and _has(record, "output"):
+        return Example(_instruction(record, where), (Message("assistant", _string(record, "output", where)),), where)
+    if _has(record, "text") and not _has(record, "chosen"):
+        return Example("", _string(record, "text", where), where)
+    pair = _pair(record, where, report, EXAMPLE_SHAPES)
+    return None if pair is None else pair_to_example(pair, every_turn)
 
 
 def pair_to_example(pair: PreferencePair, every_turn: bool = False) -> Example:
@@ -126,36 +238,60 @@ def pair_to_example(pair: PreferencePair, every_turn: bool = False) -> Example:
     return Example(pair.prompt, pair.chosen, pair.where)
 
 
-def read_prompts(path: Path) -> list[Text]:
-    """The prompts of a file: a line of a .txt, or the column `prompt` (text or messages) or `messages` of a record."""
-    prompts: list[Text] = []
-    for where, record in _records(path, ReadReport()):
-        name = next((name for name in ("prompt", "messages", "text") if name in record), None)
+def to_labelled(record: Record, where: str, report: ReadReport, identical: Identical = "drop") -> list[Labelled] | None:
+    """The one labelled completion of a record, or the two of a pair; None where it has a flaw that is counted."""
+    if _has(record, "label") and not _has(record, "chosen"):
+        if _has(record, "messages"):
+            messages = _messages(record["messages"], "messages", where)
+            return [Labelled(messages[:-1], messages[-1:], _label(record, where), where)]
+        if not _has(record, "completion"):
+            raise DataError(f"{where}: a label, but only {keys_of(record)}; allowed: {LABELLED_SHAPES}")
+        return [Labelled(*_prompt_and_completion(record, where), _label(record, where), where)]
+    if not _has(record, "chosen") and not _has(record, "rejected"):
+        raise DataError(f"{where}: a record without a label, with {keys_of(record)}; allowed: {LABELLED_SHAPES}")
+    pair = to_pair(record, where, report, identical)
+    if pair is None:
+        return None
+    return [Labelled(pair.prompt, pair.chosen, True, where), Labelled(pair.prompt, pair.rejected, False, where)]
+
+
+def to_prompt(record: Record, where: str, report: ReadReport) -> Text | None:
+    """One prompt, or None where the record is a pair with a flaw that is counted."""
+    if _has(record, "chosen") and _has(record, "rejected"):  # the prompt that training on the pair would see
+        pair = _pair(record, where, report, PAIR_SHAPES)
+        prompt = None if pair is None else pair.prompt
+    elif _has(record, "instruction"):
+        prompt = _instruction(record, where)
+    else:
+        name = next((name for name in ("prompt", "messages", "text") if _has(record, name)), None)
         if name is None:
-            raise DataError(f"{where}: {_keys(record)}; allowed: a record with prompt, messages or text")
-        prompts.append(_text(record, name, where))
-        if isinstance(prompts[-1], str) and not prompts[-1].strip():
-            raise DataError(f"{where}: {name!r} is empty")
-    return prompts
+            raise DataError(f"{where}: {keys_of(record)}; allowed: {PROMPT_SHAPES}")
+        prompt = _text(record, name, where)
+    if isinstance(prompt, str) and not prompt.strip():
+        raise DataError(f"{where}: 'prompt' is empty")
+    return prompt
 
 
-def _pair(record: dict[str, Any], where: str, report: ReadReport, shapes: str) -> PreferencePair | None:
-    """One preference record, or None where it has a flaw that is counted."""
-    missing = [name for name in ("chosen", "rejected") if name not in record]
+def _pair(record: Record, where: str, report: ReadReport, shapes: str) -> PreferencePair | None:
+    """One preference record, identical or not, or None where it has a flaw that is counted."""
+    missing = [name for name in ("chosen", "rejected") if not _has(record, name)]
     if len(missing) == 2:
-        raise DataError(f"{where}: a record of unknown shape with {_keys(record)}; allowed: {shapes}")
+        raise DataError(f"{where}: a record of unknown shape with {keys_of(record)}; allowed: {shapes}")
     if missing:
-        raise DataError(f"{where}: the record has no {missing[0]!r}, only {_keys(record)}")
+        raise DataError(f"{where}: the record has no {missing[0]!r}, only {keys_of(record)}")
     chosen, rejected = _text(record, "chosen", where), _text(record, "rejected", where)
-    prompt = _text(record, "prompt", where) if record.get("prompt") is not None else None
+    prompt = _text(record, "prompt", where) if _has(record, "prompt") else None
     if prompt is None and _is_dialogue(chosen) and _is_dialogue(rejected):
         chosen, rejected = _dialogue(chosen), _dialogue(rejected)
         if is_empty(chosen[-1:]) or is_empty(rejected[-1:]):
             report.count("empty reply, dropped", where)
             return None
+    if isinstance(prompt, tuple) and isinstance(chosen, str) and isinstance(rejected, str):
+        chosen, rejected = (Message("assistant", chosen),), (Message("assistant", rejected),)
     if isinstance(chosen, tuple) and isinstance(rejected, tuple):
-        if isinstance(prompt, str) and chosen[:1] == rejected[:1] == (Message("user", prompt),):
-            prompt = None  # UltraFeedback: the prompt is also the first message of both
+        # UltraFeedback: the prompt is also the first message of both, or the first after a system's
+        if isinstance(prompt, str) and all(_first_user(side) == prompt.strip() for side in (chosen, rejected)):
+            prompt = None
         if prompt is None:
             prompt = chosen[:-1]
             if prompt != rejected[:-1]:
@@ -167,17 +303,55 @@ def _pair(record: dict[str, Any], where: str, report: ReadReport, shapes: str) -
     return PreferencePair("" if prompt is None else prompt, chosen, rejected, _margin(record, where), where)
 
 
-def _margin(record: dict[str, Any], where: str) -> float | None:
+def _first_user(messages: tuple[Message, ...]) -> str | None:
+    return next((message.content.strip() for message in messages if message.role == "user"), None)
+
+
+def _prompt_and_completion(record: Record, where: str) -> tuple[Text, Text]:
+    """Two columns of one kind: a text that answers messages is an assistant's."""
+    prompt = _text(record, "prompt", where) if _has(record, "prompt") else None
+    completion = _text(record, "completion", where)
+    if isinstance(prompt, tuple) and isinstance(completion, str):
+        completion = (Message("assistant", completion),)
+    return (() if isinstance(completion, tuple) else "") if prompt is None else prompt, completion
+
+
+def _instruction(record: Record, where: str) -> tuple[Message, ...]:
+    """AlpacaEval's instruction, and below it the input where there is one, as a user's message."""
+    parts = [_string(record, name, where) for name in ("instruction", "input") if _has(record, name)]
+    return (Message("user", "\n\n".join(part for part in parts if part)),)
+
+
+def _label(record: Record, where: str) -> bool:
+    label = record["label"]
+    if isinstance(label, bool | int) and label in (0, 1):
+        return bool(label)
+    raise DataError(f"{where}: 'label' must be true or false (or 1 or 0), not {label!r:.40}")
+
+
+def _margin(record: Record, where: str) -> float | None:
     """The column `margin`, or the difference of UltraFeedback's two scores."""
-    scores = [record.get(name) for name in ("margin", "score_chosen", "score_rejected")]
-    for score in scores:
-        if score is not None and (isinstance(score, bool) or not isinstance(score, int | float)):
-            raise DataError(f"{where}: margins and scores must be numbers, not {score!r:.40}")
+    scores: list[float | None] = []
+    for name in ("margin", "score_chosen", "score_rejected"):
+        score = record.get(name)
+        if score is not None and (isinstance(score, bool) or not isinstance(score, int | float) or abs(score) > 1e300):
+            raise DataError(f"{where}: margins and scores must be numbers (up to 1e300), not {score!r:.40}")
+        scores.append(score)
     margin, better, worse = scores
     return margin if margin is not None else None if better is None or worse is None else better - worse
 
 
-def _text(record: dict[str, Any], name: str, where: str) -> Text:
+def _has(record: Record, name: str) -> bool:
+    return record.get(name) is not None
+
+
+def _string(record: Record, name: str, where: str) -> str:
+    if not isinstance(record[name], str):
+        raise DataError(f"{where}: {name!r} must be text, not {type(record[name]).__name__}")
+    return record[name]
+
+
+def _text(record: Record, name: str, where: str) -> Text:
     """A column that holds text or a list of messages."""
     value = record[name]
     return value if isinstance(value, str) else _messages(value, name, where)
@@ -192,93 +366,38 @@ def _messages(value: Any, name: str, where: str) -> tuple[Message, ...]:
         if not isinstance(entry, dict) or "role" not in entry or "content" not in entry:
             raise DataError(f"{where}: {name!r} must hold objects with 'role' and 'content', not {entry!r:.60}")
         try:
-            messages.append(Message(entry["role"], entry["content"]))
+            for key in ("tool_calls", "function_call"):
+                if entry.get(key):
+                    raise DataError(f"a message with {key!r} can't be used; allowed: messages of text")
+            content = entry["content"]
+            messages.append(Message(entry["role"], _joined(content) if isinstance(content, list) else content))
         except DataError as error:
             raise DataError(f"{where}: {name!r}: {error}") from None
     return tuple(messages)
 
 
-def _is_dialogue(text: Text) -> bool:
+def _joined(parts: list[Any]) -> str:
+    """The text of a content that is a list of parts."""
+    for part in parts:
+        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            kind = part.get("type", "without a type") if isinstance(part, dict) else type(part).__name__
+            raise DataError(f'content with a part {kind!r:.40}; allowed: text, or parts {{"type": "text", "text": ...}}')
+    return "".join(part["text"] for part in parts)
+
+
+def _is_dialogue(text: Any) -> bool:
     return isinstance(text, str) and bool(TURN.match("\n\n" + text.lstrip())) and "\n\nAssistant:" in text
 
 
 def _dialogue(text: Any) -> tuple[Message, ...]:
     """The turns of an HH-RLHF dialogue; all after the last `Assistant:` is the reply, whatever it holds."""
     head, _, reply = ("\n\n" + text.lstrip()).rpartition("\n\nAssistant:")
+    return *_turns(head), Message("assistant", reply.strip())
+
+
+@lru_cache(maxsize=1)
+def _turns(head: str) -> tuple[Message, ...]:
+    """The turns before the reply; kept for the other side of the pair, whose are nearly always the same."""
     parts = TURN.split(head)[1:]
     names = {"Human": "user", "Assistant": "assistant"}
-    turns = [Message(names[name], content.strip()) for name, content in zip(parts[::2], parts[1::2], strict=True)]
-    return *turns, Message("assistant", reply.strip())
-
-
-def _records(path: Path, report: ReadReport) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield `path:line` and the object of every record of a file."""
-    name = os.fspath(path)
-    kind = os.path.splitext(name.lower().removesuffix(".gz"))[1]
-    if kind not in (".jsonl", ".json", ".txt") and os.path.isfile(name):
-        raise DataError(f"{name}: a file of unknown kind; allowed: .jsonl, .json, .txt, each also with .gz")
-    found = False
-    for number, value in _values(name, kind):
-        found, where = True, f"{name}:{number}"
-        if not isinstance(value, dict):
-            raise DataError(f"{where}: a record must be a JSON object, not {type(value).__name__}")
-        report.records += 1
-        yield where, value
-    if not found:
-        raise DataError(f"{name}: the file holds no record")
-
-
-def _values(name: str, kind: str) -> Iterator[tuple[int, Any]]:
-    """Yield line (or record) numbers and parsed records."""
-    if kind == ".json":
-        lines = list(_lines(name))
-        text = "".join(line for _, line in lines)
-        try:
-            value = _parse(text, name, 1) if text.strip() else []
-        except DataError as error:
-            # JSON lines under the name .json are common: their first line is whole.
-            if not isinstance(error.__cause__, json.JSONDecodeError) or error.__cause__.msg != "Extra data":
-                raise
-            yield from ((number, _parse(line, name, number)) for number, line in lines if line.strip())
-            return
-        if isinstance(value, dict) and isinstance(value.get("data"), list):
-            value = value["data"]
-        if not isinstance(value, list):
-            keys = _keys(value) if isinstance(value, dict) else type(value).__name__
-            raise DataError(f'{name}:1: holds {keys}; allowed: a list of records, or {{"data": [...]}}')
-        yield from enumerate(value, 1)
-    else:
-        for number, line in _lines(name):
-            if line.strip():
-                yield number, {"text": line.rstrip("\r\n")} if kind == ".txt" else _parse(line, name, number)
-
-
-def _parse(text: str, name: str, number: int) -> Any:
-    try:
-        return json.loads(text.rstrip("\r\n"))  # the end of a line is no line of its own
-    except json.JSONDecodeError as error:
-        where = f"{name}:{number + error.lineno - 1}"
-        raise DataError(f"{where}: not valid JSON: {error.msg} at column {error.colno}") from error
-    except RecursionError:
-        raise DataError(f"{name}:{number}: not usable JSON: nested too deeply") from None
-
-
-def _lines(name: str) -> Iterator[tuple[int, str]]:
-    """Yield the numbered lines of a UTF-8 file, gzipped if its name says so; only \\n ends a line."""
-    number = 0
-    try:
-        with gzip.open(name, "rb") if name.lower().endswith(".gz") else open(name, "rb") as file:
-            for number, raw in enumerate(file, 1):
-                yield number, (raw.removeprefix(codecs.BOM_UTF8) if number == 1 else raw).decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{name}:{number}: not UTF-8 (byte 0x{error.object[error.start]:02x})") from None
-    except EOFError:
-        raise DataError(f"{name}:{number + 1}: the gzip file is cut short") from None
-    except (gzip.BadGzipFile, zlib.error) as error:
-        raise DataError(f"{name}:{number + 1}: not a sound gzip file ({error})") from None
-    except OSError as error:
-        raise DataError(f"{name}: can't be read ({error.strerror or error})") from None
-
-
-def _keys(record: dict[str, Any]) -> str:
-    return f"the keys {', '.join(map(repr, record))}"[:200] if record else "no keys"
+    return tuple(Message(names[name], content.strip()) for name, content in zip(parts[::2], parts[1::2], strict=True))

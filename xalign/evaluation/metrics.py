@@ -3,18 +3,19 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from xalign.backends.base import Completion, SamplingParams
 from xalign.backends.native import NativeBackend
 from xalign.data.chat_template import render_prompt
-from xalign.data.collate import EncodedPair, collate_pairs
+from xalign.data.collate import EncodedExample, EncodedPair, ExampleBatch, PairBatch, collate_examples, collate_pairs
 from xalign.data.records import Text
-from xalign.dpo import DPO
+from xalign.dpo import DPO, unwrap
 from xalign.logprobs import scored_logprobs
 from xalign.nn.decoding import evaluating
 from xalign.nn.transformer import TransformerWrapper
@@ -22,6 +23,8 @@ from xalign.objectives import pair_masks
 from xalign.tokenizers import Tokenizer
 
 RESAMPLES = 2000
+SCORED_LOGITS = 2**28  # of one forward pass, for one side of pairs: 1 GiB in fp32, so that a large vocabulary fits
+Batch = TypeVar("Batch", PairBatch, ExampleBatch)
 
 
 @dataclass(frozen=True)
@@ -78,18 +81,35 @@ def completion_logps(model: TransformerWrapper, tokenizer: Tokenizer, prompts: S
 
 
 @torch.no_grad()
-def _chosen_logps(model: TransformerWrapper, pairs: Sequence[EncodedPair], pad_id: int,
-                  size: int = 32) -> tuple[list[float], list[int]]:
-    order = sorted(range(len(pairs)), key=lambda i: len(pairs[i].prompt) + len(pairs[i].chosen))
+def each_batch(model: nn.Module, lengths: Sequence[int] | np.ndarray, collate: Callable[[list[int]], Batch],
+               use: Callable[[list[int], Batch], None], size: int = 32, progress: str = "") -> None:
+    """Show all rows to `use`, `size` at a time and rows of similar length together; the model is in eval mode.
+
+    `collate(rows)` makes the batch of the rows with these indices, which goes to the model's device. A batch is smaller
+    where its logits would be more than `SCORED_LOGITS`.
+    """
+    order = np.argsort(np.asarray(lengths), kind="stable")
+    device, vocab = next(model.parameters()).device, getattr(unwrap(model), "num_tokens", 1)
+    with evaluating(model), tqdm(total=len(order), desc=progress, unit="pair", disable=not progress, mininterval=1) as bar:
+        at = 0
+        while at < len(order):
+            rows = order[at : at + size].tolist()
+            rows = rows[: max(1, SCORED_LOGITS // (vocab * int(lengths[rows[-1]])))]
+            use(rows, collate(rows).to(device))
+            at += len(rows)
+            bar.update(len(rows))
+
+
+def _chosen_logps(model: TransformerWrapper, pairs: Sequence[EncodedPair], pad_id: int) -> tuple[list[float], list[int]]:
     sums, counts = [0.0] * len(pairs), [0] * len(pairs)
-    device = model.token_emb.weight.device
-    with evaluating(model):
-        for at in range(0, len(order), size):
-            rows = order[at : at + size]
-            batch = collate_pairs([pairs[i] for i in rows], pad_id).to(device)
-            logps, scored = scored_logprobs(model, batch.chosen, batch.chosen_mask & ~batch.chosen_prompt_mask)
-            for i, s, c in zip(rows, logps.masked_fill(~scored, 0.0).sum(1).tolist(), scored.sum(1).tolist(), strict=True):
-                sums[i], counts[i] = s, c
+
+    def use(rows: list[int], batch: PairBatch) -> None:
+        logps, scored = scored_logprobs(model, batch.chosen, batch.chosen_mask & ~batch.chosen_prompt_mask)
+        for i, s, c in zip(rows, logps.masked_fill(~scored, 0.0).sum(1).tolist(), scored.sum(1).tolist(), strict=True):
+            sums[i], counts[i] = s, c
+
+    each_batch(model, [len(p.prompt) + len(p.chosen) for p in pairs],
+               lambda rows: collate_pairs([pairs[i] for i in rows], pad_id), use)
     return sums, counts
 
 
@@ -101,21 +121,36 @@ def perplexity(model: TransformerWrapper, pairs: Sequence[EncodedPair], pad_id: 
     return estimate([-(sums[i] + sums[n + i]) for i in range(n)], [counts[i] + counts[n + i] for i in range(n)], np.exp)
 
 
-@torch.no_grad()
 def pairs_logps(dpo: DPO, model: TransformerWrapper, pairs: Sequence[EncodedPair], pad_id: int, size: int = 32,
-                progress: str = "") -> tuple[Tensor, Tensor]:
-    """Summed log-probabilities of all pairs' completions under `model`, in order: (chosen, rejected), fp32 on the CPU."""
-    order = sorted(range(len(pairs)), key=lambda i: len(pairs[i].prompt) + len(pairs[i].chosen))
-    chosen, rejected = torch.zeros(len(pairs)), torch.zeros(len(pairs))
-    device = model.token_emb.weight.device
-    with evaluating(model), tqdm(total=len(pairs), desc=progress, unit="pair", disable=not progress, mininterval=1) as bar:
-        for at in range(0, len(order), size):
-            rows = order[at : at + size]
-            batch = collate_pairs([pairs[i] for i in rows], pad_id).to(device)
-            logps = dpo.logps(model, batch.chosen, batch.rejected, **pair_masks(batch))
-            chosen[rows], rejected[rows] = logps[0].cpu(), logps[1].cpu()
-            bar.update(len(rows))
+                progress: str = "", rows: Sequence[int] | np.ndarray | None = None) -> tuple[Tensor, Tensor]:
+    """Summed log-probabilities of pairs' completions under `model`: (chosen, rejected), fp32 on the CPU.
+
+    All pairs in their order, or only those of `rows` in the order of `rows`.
+    """
+    wanted = range(len(pairs)) if rows is None else rows
+    chosen, rejected = torch.zeros(len(wanted)), torch.zeros(len(wanted))
+
+    def use(found: list[int], batch: PairBatch) -> None:
+        logps = dpo.logps(model, batch.chosen, batch.rejected, **pair_masks(batch))
+        chosen[found], rejected[found] = logps[0].cpu(), logps[1].cpu()
+
+    lengths = np.fromiter((len(pair.prompt) + len(pair.chosen) for pair in (pairs[i] for i in wanted)), np.int64, len(wanted))
+    each_batch(model, lengths, lambda found: collate_pairs([pairs[wanted[i]] for i in found], pad_id), use, size,
+               progress)
     return chosen, rejected
+
+
+def mean_nll(model: nn.Module, examples: Sequence[EncodedExample], pad_id: int) -> float:
+    """Cross-entropy of the scored tokens, nats a token."""
+    total = count = 0.0
+
+    def use(rows: list[int], batch: ExampleBatch) -> None:
+        nonlocal total, count
+        logps, scored = scored_logprobs(model, batch.tokens, batch.loss_mask)
+        total, count = total - float(logps.masked_fill(~scored, 0.0).sum()), count + float(scored.sum())
+
+    each_batch(model, [e.length for e in examples], lambda rows: collate_examples([examples[i] for i in rows], pad_id), use)
+    return total / max(1.0, count)
 
 
 def accuracies(policy: tuple[Tensor, Tensor], reference: tuple[Tensor, Tensor]) -> list[float]:

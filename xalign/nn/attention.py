@@ -11,6 +11,8 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from xalign.nn.rotary import rotate
+
 
 class Cache(Protocol):
     """Keys and values of the tokens that came before; `length` slots of which `mask` tells the real ones."""
@@ -104,25 +106,6 @@ class Context:
     causal: bool
     rotation: tuple[Tensor, Tensor] | None  # cosines and sines, (b | 1, 1, n, rotary_dim / 2), fp32
     cache: Cache | None
-
-
-def rotary_angles(positions: Tensor, dim: int, base: float) -> tuple[Tensor, Tensor]:
-    """Cosines and sines (..., n, dim / 2) of RoPE (Su et al. 2021, arXiv 2104.09864, eq. 15), always fp32.
-
-    They come from Python numbers at every call and are no buffers, so that `model.bfloat16()` can't round them.
-    """
-    steps = torch.arange(0, dim, 2, dtype=torch.float32, device=positions.device)
-    angles = positions.float()[..., None] * (1.0 / base ** (steps / dim))
-    return angles.cos(), angles.sin()
-
-
-def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn the pairs (i, i + r / 2) of the first r features of `x` (b, h, n, e), in fp32; the rest passes through."""
-    cos, sin = rotation
-    r = 2 * cos.shape[-1]
-    a, b = x[..., :r].float().chunk(2, -1)
-    turned = torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)
-    return turned if r == x.shape[-1] else torch.cat((turned, x[..., r:]), -1)
 
 
 def alibi_slopes(heads: int) -> Tensor:

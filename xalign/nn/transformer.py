@@ -1,6 +1,8 @@
 """The decoder: `TransformerWrapper(attn_layers=Decoder(...))`, with x-transformers' names where it has them."""
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,13 +11,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from xalign.errors import ConfigError, reject_unknown
-from xalign.nn.attention import Attention, Cache, Context, DecodeBuffer, Prefix, alibi_slopes, rotary_angles
+from xalign.nn.attention import Attention, Cache, Context, DecodeBuffer, Prefix, alibi_slopes
+from xalign.nn.rotary import check_scaling, rotary_angles
 
 # Initial standard deviations: of matrices 1 / sqrt(inputs), of the layers' last ones / sqrt(2 depth) more (Radford et
 # al. 2019), of embeddings this over sqrt(dim): large enough to be heard beside what the layers add, so that copying from
 # the prompt is learnt early (docs/log.md: 0.3 against the usual 0.02 at dim 128 is worth three times as many steps).
 EMBEDDING_SCALE = 3.4
-_WHOLE = {"num_tokens", "max_seq_len", "dim", "depth", "heads", "attn_kv_heads", "attn_dim_head", "ff_inner_dim", "rotary_dim"}
+_WHOLE = {"num_tokens", "max_seq_len", "dim", "depth", "heads", "attn_kv_heads", "attn_dim_head", "attn_sliding_window",
+          "ff_inner_dim", "rotary_dim"}
 
 
 def _checked(where: str, values: dict[str, Any]) -> dict[str, Any]:
@@ -35,12 +39,12 @@ def _checked(where: str, values: dict[str, Any]) -> dict[str, Any]:
 class FeedForward(nn.Module):
     """`down(act(gate(x)) * up(x))` (Shazeer 2020, arXiv 2002.05202), or `down(act(up(x)))` without a gate."""
 
-    def __init__(self, dim: int, inner: int, *, glu: bool, swish: bool, bias: bool, dropout: float):
+    def __init__(self, dim: int, inner: int, *, glu: bool, act: Callable[[Tensor], Tensor], bias: bool, dropout: float):
         super().__init__()
         self.gate = nn.Linear(dim, inner, bias=bias) if glu else None
         self.up = nn.Linear(dim, inner, bias=bias)
         self.down = nn.Linear(inner, dim, bias=bias)
-        self.act = F.silu if swish else F.gelu
+        self.act = act
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -65,17 +69,20 @@ class Decoder(nn.Module):
 
     Defaults are x-transformers': `attn_kv_heads = heads`, `attn_dim_head = 64`, no rotary, LayerNorm, GELU
     without a gate, biases in the feed-forward. Beyond them: `norm_eps`, `attn_qkv_bias`, `attn_out_bias`,
-    `ff_inner_dim` (the exact feed-forward width), `rotary_dim` (rotate only the first features of a head),
-    `parallel_residual`. Where x-transformers rotates half of each head, all of it is rotated here.
+    `ff_inner_dim` (the exact feed-forward width), `ff_gelu_tanh` (GELU by its tanh formula), `rotary_dim` (rotate only
+    the first features of a head), `rotary_scaling` (a dict with Hugging Face's fields: `rope_type` linear, llama3, yarn or
+    dynamic, and what it needs: `xalign.nn.rotary`), `attn_sliding_window` (a token sees itself and the window - 1 positions
+    before it), `parallel_residual`. Where x-transformers rotates half of each head, all of it is rotated here.
     """
 
     def __init__(self, *, dim: int, depth: int, heads: int = 8, attn_dim_head: int = 64, attn_kv_heads: int | None = None,
                  attn_dropout: float = 0.0, attn_flash: bool = False, attn_qk_norm: bool = False,
                  attn_qkv_bias: bool = False, attn_out_bias: bool = False, alibi_pos_bias: bool = False,
                  rotary_pos_emb: bool = False, rotary_base: float = 10000.0, rotary_dim: int | None = None,
+                 rotary_scaling: dict[str, Any] | None = None, attn_sliding_window: int | None = None,
                  use_rmsnorm: bool = False, norm_eps: float = 1e-5, ff_mult: float = 4, ff_inner_dim: int | None = None,
-                 ff_glu: bool = False, ff_swish: bool = False, ff_no_bias: bool = False, ff_dropout: float = 0.0,
-                 parallel_residual: bool = False, **unknown: Any):
+                 ff_glu: bool = False, ff_swish: bool = False, ff_gelu_tanh: bool = False, ff_no_bias: bool = False,
+                 ff_dropout: float = 0.0, parallel_residual: bool = False, **unknown: Any):
         self.config = _checked("Decoder", locals())
         super().__init__()
         kv_heads = heads if attn_kv_heads is None else attn_kv_heads
@@ -87,9 +94,20 @@ class Decoder(nn.Module):
         if rotary_pos_emb and alibi_pos_bias:
             raise ConfigError("rotary_pos_emb and alibi_pos_bias are both True, allowed is one of them")
         self.dim, self.depth, self.heads, self.kv_heads, self.dim_head = dim, depth, heads, kv_heads, attn_dim_head
-        self.rotary = (rotated, rotary_base) if rotary_pos_emb else None
-        self.alibi = alibi_pos_bias
+        if rotary_scaling is not None:
+            if not rotary_pos_emb:
+                raise ConfigError("rotary_scaling is given and rotary_pos_emb is False, allowed is both")
+            check_scaling(rotary_scaling, rotary_base)
+        if ff_swish and ff_gelu_tanh:
+            raise ConfigError("ff_swish and ff_gelu_tanh are both True, allowed is one of them")
+        self.rotary = (rotated, rotary_base, rotary_scaling) if rotary_pos_emb else None
+        self.alibi, self.window = alibi_pos_bias, attn_sliding_window
+        self.max_positions: int | None = None
+        if rotary_scaling is not None and rotary_scaling["rope_type"] == "dynamic":
+            self.max_positions = rotary_scaling["original_max_position_embeddings"]
         self.gradient_checkpointing = False
+
+        act = F.silu if ff_swish else partial(F.gelu, approximate="tanh" if ff_gelu_tanh else "none")
 
         def norm() -> nn.Module:
             return nn.RMSNorm(dim, eps=norm_eps) if use_rmsnorm else nn.LayerNorm(dim, eps=norm_eps)
@@ -102,7 +120,7 @@ class Decoder(nn.Module):
                           flash=attn_flash, qk_norm=attn_qk_norm, qkv_bias=attn_qkv_bias, out_bias=attn_out_bias,
                           norm_eps=norm_eps),
                 norm(),
-                FeedForward(dim, inner, glu=ff_glu, swish=ff_swish, bias=not ff_no_bias, dropout=ff_dropout),
+                FeedForward(dim, inner, glu=ff_glu, act=act, bias=not ff_no_bias, dropout=ff_dropout),
                 parallel_residual,
             )
             for i in range(depth)
@@ -122,7 +140,8 @@ class Decoder(nn.Module):
         rotation = None
         if self.rotary is not None:
             rotation = tuple(t[:, None] for t in rotary_angles(positions[:, behind:], *self.rotary))
-        plain = mask is None and not self.alibi
+        window = self.window if self.window is not None and m > self.window else None  # None: it holds all that came before
+        plain = mask is None and not self.alibi and window is None
         if plain and (behind == 0 or m - behind == 1):
             return Context(None, behind == 0, rotation, cache)  # type: ignore[arg-type]
         slots = torch.arange(m, device=positions.device)
@@ -130,10 +149,13 @@ class Decoder(nn.Module):
         if mask is not None:
             # a padding query sees at least itself, so that no softmax is empty; nobody sees it
             allowed = allowed & (mask[:, None, None] | (slots == slots[behind:, None]))
-        if self.alibi:
-            distance = (positions[:, None, behind:, None] - positions[:, None, None, :]).float()
-            slopes = alibi_slopes(self.heads).to(positions.device)[:, None, None]
-            allowed = (-slopes * distance).masked_fill(~allowed, float("-inf"))
+        if self.alibi or window is not None:
+            distance = positions[:, None, behind:, None] - positions[:, None, None, :]
+            if window is not None:
+                allowed = allowed & (distance < window)
+            if self.alibi:
+                slopes = alibi_slopes(self.heads).to(positions.device)[:, None, None]
+                allowed = (-slopes * distance.float()).masked_fill(~allowed, float("-inf"))
         return Context(allowed, False, rotation, cache)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
@@ -183,7 +205,8 @@ class TransformerWrapper(nn.Module):
         With a `cache` the tokens continue it (b may be a multiple of a prefix's rows) and only the new
         tokens' logits come back; unless `input_not_include_cache`, `tokens` and `mask` begin with the cached ones.
         `return_embeddings` gives the final hidden states (b, n, d) instead of logits.
-        Raises `ValueError` for ids outside the vocabulary (on the CPU) and for too many absolute positions.
+        Raises `ValueError` for ids outside the vocabulary (on the CPU) and for more positions than the learnt ones or
+        dynamic RoPE have.
         """
         if cache is not None and cache.keys and len(cache.keys) != self.attn_layers.depth:
             raise ValueError(f"the cache has {len(cache.keys)} layers, allowed is one of this model, {self.attn_layers.depth}")
@@ -205,9 +228,12 @@ class TransformerWrapper(nn.Module):
         behind = grown.length if grown is not None else 0
         positions, whole = self._positions(tokens, mask, grown.mask if grown is not None else None, behind)
 
+        if self.attn_layers.max_positions is not None:
+            self._check_positions(positions, whole, self.attn_layers.max_positions,
+                                  "dynamic RoPE goes up to its original length, {}")
         x = self.token_emb(tokens)
         if self.pos_emb is not None:
-            self._check_positions(positions, whole)
+            self._check_positions(positions, whole, self.max_seq_len, "max_seq_len is {} and the positions are absolute")
             x = x + self.pos_emb(positions[:, behind:])
         x = self.attn_layers(self.emb_dropout(x), self.attn_layers.context(positions, whole, grown))
         grown = None if grown is None else grown.advance(whole, n)
@@ -234,8 +260,9 @@ class TransformerWrapper(nn.Module):
             if low < 0 or high >= self.num_tokens:
                 raise ValueError(f"token id {low if low < 0 else high}, allowed is 0 to {self.num_tokens - 1}")
 
-    def _check_positions(self, positions: Tensor, mask: Tensor | None) -> None:
+    @staticmethod
+    def _check_positions(positions: Tensor, mask: Tensor | None, limit: int, why: str) -> None:
         # only padding can make more slots than positions, and only then is the device asked
-        n = positions.shape[1] if mask is None or positions.shape[1] <= self.max_seq_len else int(positions.max()) + 1
-        if n > self.max_seq_len:
-            raise ValueError(f"{n} tokens, but max_seq_len is {self.max_seq_len} and the positions are absolute")
+        n = positions.shape[1] if mask is None or positions.shape[1] <= limit else int(positions.max()) + 1
+        if n > limit:
+            raise ValueError(f"{n} tokens, but {why.format(limit)}")

@@ -1,0 +1,248 @@
+"""A run's data from files to stores of token ids; text streams through, so that a file may be larger than memory.
+
+Each pass reads the file anew: one to check and count all records and to choose those held out, one for the tokenizer if
+it is trained too, and one to encode. In memory stay 8 bytes a record while the first pass lasts, and the held-out records.
+"""
+
+import array
+import hashlib
+import itertools
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+from tqdm import tqdm
+
+from xalign import distributed
+from xalign.config import PreferenceDataOptions, SFTDataOptions
+from xalign.data import toyworld
+from xalign.data.collate import (
+    EncodedExample,
+    EncodedPair,
+    TruncationMode,
+    TruncationReport,
+    encode_example,
+    encode_pair,
+    mixture,
+    truncate_example,
+    truncate_pair,
+)
+from xalign.data.records import Example, PreferencePair
+from xalign.data.sources import ReadReport, column_names, iter_examples, iter_pairs, pair_to_example
+from xalign.data.store import Store, open_store, write_store
+from xalign.errors import ConfigError, DataError
+from xalign.tokenizers import Tokenizer
+
+T = TypeVar("T", PreferencePair, Example)
+R = TypeVar("R", EncodedPair, EncodedExample)
+Source = Callable[[], Iterator[T]]  # records, read from their files anew at each call
+EMBEDDED = Path(__file__).resolve().parent.parent / "data"
+HELD_OUT = 5_000  # pairs or examples of an evaluation at most: more only cost time, .7 % is the standard error of an accuracy
+
+
+def say(text: str) -> None:
+    """A line of progress, on stderr: stdout is for answers."""
+    print(text, file=sys.stderr, flush=True)
+
+
+@dataclass(frozen=True)
+class Split(Generic[T]):
+    """Records to train on, how many they are, and those held out."""
+
+    train: Source[T]
+    count: int
+    held_out: list[T]
+
+
+def preference_data(options: PreferenceDataOptions, seed: int) -> tuple[Split[PreferencePair], Source[Example]]:
+    """Training and held-out pairs, and the examples to imitate before alignment; all files are read and checked once."""
+    columns = column_names(options.columns)
+    train_file = options.dataset or str(EMBEDDED / "train.jsonl")
+    eval_file = options.eval_dataset or (None if options.dataset else str(EMBEDDED / "test.jsonl"))
+
+    def read(file: str, report: ReadReport | None = None) -> Iterator[PreferencePair]:
+        return iter_pairs(file, identical=options.identical, columns=columns, report=report)
+
+    def key(pair: PreferencePair) -> int:
+        return key_hash(str(pair.prompt or (pair.chosen, pair.rejected)), seed)
+
+    def scan() -> tuple[int, int, list[PreferencePair]]:
+        report = ReadReport()
+        keys = array.array("Q", (key(pair) for pair in shown(read(train_file, report), "read")))
+        say(f"{train_file}: {report}")
+        if eval_file:
+            return len(keys), -1, list(itertools.islice(read(eval_file), HELD_OUT))
+        last = hold_out(keys, 10)
+        held_out = list(itertools.islice((pair for pair in read(train_file) if key(pair) <= last), HELD_OUT))
+        say(f"{len(held_out):,} pairs are held out for evaluation")
+        return sum(k > last for k in keys), last, held_out
+
+    count, last, held_out = distributed.once(scan)
+
+    def train() -> Iterator[PreferencePair]:
+        return (pair for pair in read(train_file) if last < 0 or key(pair) > last)
+
+    def examples() -> Iterator[Example]:
+        if options.sft_dataset:
+            return iter_examples(options.sft_dataset, every_turn=True, columns=columns)
+        if options.dataset:
+            return (pair_to_example(pair, every_turn=True) for pair in train())
+        # prompts of the toy world are drawn at random, so learning them by heart would only take room
+        documents = iter_examples(str(EMBEDDED / "corpus.txt"))
+        return (Example(*toyworld.split_document(str(d.completion)), d.where) for d in documents)
+
+    return Split(train, count, held_out), examples
+
+
+def example_data(options: SFTDataOptions, seed: int) -> Split[Example]:
+    """Examples of all files, each by its weight, and held-out ones; all files are read and checked once."""
+    files = options.dataset or (str(EMBEDDED / "corpus.txt"),)
+    weights = options.dataset_weights or (1.0,) * len(files)
+    if len(weights) != len(files):
+        raise ConfigError(f"--dataset-weights has {len(weights)} numbers for {len(files)} files, allowed is one each")
+    read = partial(iter_examples, every_turn=True, columns=column_names(options.columns))
+
+    def key(example: Example) -> int:
+        return key_hash(f"{example.prompt}{example.completion}", seed)
+
+    def mixed(sizes: Sequence[int]) -> Iterator[Example]:
+        return in_order([partial(read, file) for file in files], mixture(sizes, weights, seed, 0))
+
+    def scan() -> tuple[int, list[int], int, list[Example]]:
+        keys = [array.array("Q", map(key, shown(read(file), "read"))) for file in files]
+        sizes = list(map(len, keys))
+        if options.eval_dataset:
+            return sum(1 for _ in mixture(sizes, weights, seed, 0)), sizes, -1, list(
+                itertools.islice(read(options.eval_dataset), HELD_OUT))
+        taken = array.array("Q", (keys[file][row] for file, row in mixture(sizes, weights, seed, 0)))
+        last = hold_out(taken, 20)
+        held_out = list(itertools.islice((e for e in mixed(sizes) if key(e) <= last), HELD_OUT))
+        return sum(k > last for k in taken), sizes, last, held_out
+
+    count, sizes, last, held_out = distributed.once(scan)
+    return Split(lambda: (e for e in mixed(sizes) if last < 0 or key(e) > last), count, held_out)
+
+
+def in_order(files: Sequence[Source[T]], rows: Iterable[tuple[int, int]]) -> Iterator[T]:
+    """The records with these (file, row), in this order; a file is read again where the rows go back."""
+    current, at = -1, -1
+    records: Iterator[T] = iter(())
+    for file, row in rows:
+        if file != current or row <= at:
+            current, at, records = file, -1, files[file]()
+        yield next(itertools.islice(records, row - at - 1, None))
+        at = row
+
+
+def shown(records: Iterable[T], title: str, total: int | None = None) -> Iterator[T]:
+    """The same records, with a progress bar where they take more than some seconds."""
+    return iter(tqdm(records, desc=title, total=total, unit="record", delay=5, mininterval=1))
+
+
+# -- held-out data --------------------------------------------------------------------------------------------------
+
+
+def key_hash(text: str, seed: int) -> int:
+    """64 bits of a text; another seed gives unrelated ones."""
+    return int.from_bytes(hashlib.blake2b(f"hold out {seed}:{text}".encode(), digest_size=8).digest(), "big")
+
+
+def hold_out(keys: Sequence[int], one_in: int) -> int:
+    """The last key hash that is held out: about one different key in `one_in` is at most this, and no more than `HELD_OUT`.
+
+    Records with the same key stay together. Raises `DataError` unless both sides get a key.
+    """
+    different = np.unique(np.asarray(keys, dtype=np.uint64))
+    if len(different) < 2:
+        raise DataError(f"{len(different)} different prompt can't be split into training and held-out data, allowed is at "
+                        "least 2 (or give --eval-dataset)")
+    return int(different[max(1, min(len(different) // one_in, HELD_OUT)) - 1])
+
+
+# -- encoding -------------------------------------------------------------------------------------------------------
+
+
+def encode_pairs(pairs: Iterable[PreferencePair], tokenizer: Tokenizer, max_length: int, mode: TruncationMode,
+                 report: TruncationReport) -> Iterator[EncodedPair]:
+    """Tokenise and truncate pairs. Raises `DataError` if none is left."""
+    left = False
+    for pair in pairs:
+        cut = truncate_pair(encode_pair(pair, tokenizer), max_length, mode, report)
+        if cut is not None:
+            left = True
+            yield cut
+    if not left:
+        raise DataError(f"no pair is left after truncation to {max_length} tokens ({report})")
+
+
+def encode_examples(examples: Iterable[Example], tokenizer: Tokenizer, max_length: int, mode: TruncationMode,
+                    report: TruncationReport) -> Iterator[EncodedExample]:
+    """Tokenise and truncate examples. Raises `DataError` if none is left."""
+    left = False
+    for example in examples:
+        for part in truncate_example(encode_example(example, tokenizer), max_length, mode, report):
+            left = True
+            yield part
+    if not left:
+        raise DataError(f"nothing is left to imitate after truncation to {max_length} tokens ({report})")
+
+
+def in_memory(encode: Callable[..., Iterator[R]], records: Iterable[Any], tokenizer: Tokenizer, max_length: int,
+              mode: TruncationMode, title: str) -> list[R]:
+    """Few records, encoded; says what truncation cost."""
+    report = TruncationReport()
+    encoded = list(encode(records, tokenizer, max_length, mode, report))
+    say(f"{title}: {report}")
+    return encoded
+
+
+def on_disk(folder: Path, kind: type[R], encode: Callable[..., Iterator[R]], source: Callable[[], Iterator[Any]],
+            tokenizer: Tokenizer, max_length: int, mode: TruncationMode, title: str, *, count: int | None = None,
+            key: dict[str, Any]) -> Store[R]:
+    """All records of `source`, encoded into a store in `folder`, or the one of an earlier start; says what truncation cost.
+
+    `key` is what the source depends on, besides what is given here. Of several processes one encodes.
+    """
+    key = {**key, "tokenizer": fingerprint(tokenizer), "max_length": max_length, "mode": mode}
+
+    def make() -> None:
+        if open_store(folder, key, kind) is None:
+            report = TruncationReport()
+            rows = encode(shown(source(), f"encode {title}", count), tokenizer, max_length, mode, report)
+            write_store(folder, key, kind, rows, max(tokenizer.vocab_size, max_length + 1), lambda: str(report))
+
+    distributed.once(make)
+    found = open_store(folder, key, kind)
+    assert found is not None, f"{folder} is not what was just written"
+    say(f"{title}: {found[1]}")
+    return found[0]
+
+
+def fingerprint(tokenizer: Tokenizer) -> str:
+    """A hash of all that a tokenizer and its chat template are: of the files that it saves."""
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save(folder)
+        whole = hashlib.sha256()
+        for path in sorted(Path(folder).iterdir()):
+            whole.update(f"{path.name}:{path.stat().st_size}:".encode() + path.read_bytes())
+    return whole.hexdigest()[:16]
+
+
+def data_digest(names: Iterable[str]) -> str:
+    """A hash of what data files (and hub data sets) hold, so that a run never goes on with other data under a name."""
+    from xalign.data.files import data_files
+
+    whole = hashlib.sha256()
+    for path in itertools.chain.from_iterable(map(data_files, names)):
+        try:
+            with open(path, "rb") as file:
+                whole.update(hashlib.file_digest(file, "sha256").digest())
+        except OSError as error:
+            raise DataError(f"{os.fspath(path)}: can't be read ({error.strerror or error})") from None
+    return whole.hexdigest()[:16]

@@ -1,0 +1,87 @@
+"""`--dry-run`: one record as the run would see it, and the memory that it needs; no weights are read or made."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
+
+import torch
+from torch import nn
+
+from xalign import distributed
+from xalign.checkpoint import outline
+from xalign.config import DPOConfig, SFTConfig
+from xalign.data.records import Example
+from xalign.errors import ConfigError
+from xalign.hf import torch_dtype
+from xalign.memory import Workload, available, training_memory
+from xalign.nn.transformer import TransformerWrapper
+from xalign.prepare import encode_examples, encode_pairs, example_data, in_memory, preference_data
+from xalign.stages import check_vocabulary, scratch_model, scratch_tokenizer, window
+from xalign.tokenizers import Tokenizer, load_tokenizer
+
+LOOKED_AT = 2_000  # records that are encoded, to tell what truncation costs
+
+
+def rehearse_sft(config: SFTConfig, device: torch.device) -> None:
+    """Show what `xalign sft` would train on and need."""
+    data = example_data(config.data, config.training.seed)
+    model, tokenizer = shape(config, data.train)
+    length = window(config.data.max_length, model)
+    encoded = in_memory(encode_examples, islice(data.train(), LOOKED_AT), tokenizer, length, config.data.truncation_mode,
+                        "to imitate")
+    print(f"{count(model):,} parameters, {tokenizer.vocab_size:,} pieces; first of {data.count:,} records:")
+    print(show_record(tokenizer, encoded[0].ids, encoded[0].loss_mask))
+    show_memory(config, model, length, max(e.length for e in encoded), 1, "none", device)
+
+
+def rehearse_dpo(config: DPOConfig, device: torch.device) -> None:
+    """Show what `xalign dpo` would train on and need."""
+    data, examples = preference_data(config.data, config.training.seed)
+    model, tokenizer = shape(config, examples)
+    length = window(config.data.max_length, model)
+    encoded = in_memory(encode_pairs, islice(data.train(), LOOKED_AT), tokenizer, length, config.data.truncation_mode,
+                        "train pairs")
+    print(f"{count(model):,} parameters, {tokenizer.vocab_size:,} pieces, {data.count:,} pairs; the first:")
+    for side in ("chosen", "rejected"):
+        prompt, completion = encoded[0].prompt, getattr(encoded[0], side)
+        print(f"\n{side}:")
+        print(show_record(tokenizer, prompt + completion, [False] * len(prompt) + [True] * len(completion)))
+    reference = "idle" if config.loss.precompute_ref_log_probs else "asked"
+    show_memory(config, model, length, max(p.length for p in encoded), 2, reference, device)
+
+
+def shape(config: DPOConfig | SFTConfig, examples: Callable[[], Iterator[Example]]) -> tuple[TransformerWrapper, Tokenizer]:
+    """The model that a run begins with, on the meta device, and its tokenizer."""
+    name = config.model.model
+    if name:
+        model, _, folder = outline(name, allow_pickle=config.model.allow_pickle, revision=config.model.revision)
+        tokenizer = load_tokenizer(folder)
+        if tokenizer is None:
+            raise ConfigError(f"{name}: there is no tokenizer in this folder, allowed is a folder with one")
+        check_vocabulary(name, model, tokenizer)
+    else:
+        texts: Iterable = (t for e in examples() for t in (e.prompt, e.completion) if t)
+        tokenizer = distributed.once(lambda: scratch_tokenizer(texts, config.model.vocab_size))
+        with torch.device("meta"):
+            model = scratch_model(config.model, tokenizer.vocab_size, config.training.seed)
+    return model.to(torch_dtype(config.run.dtype)), tokenizer
+
+
+def count(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def show_record(tokenizer: Tokenizer, ids: Sequence[int], scored: Sequence[bool]) -> str:
+    """One record as a table of tokens for a person to check: position, id, text, scored."""
+    rows = enumerate(zip(ids, scored, strict=True))
+    return "\n".join(f"{i:5d} {t:6d} {'scored' if s else '      '} {tokenizer.decode([t])!r}" for i, (t, s) in rows)
+
+
+def show_memory(config: DPOConfig | SFTConfig, model: TransformerWrapper, length: int, longest: int, sides: int,
+                reference: str, device: torch.device) -> None:
+    """The table of `memory`, for the batch as it may become at worst."""
+    t = config.training
+    work = Workload(rows=sides * t.batch_size, length=length, accumulates=t.gradient_accumulation_steps > 1, bf16=t.bf16,
+                    checkpointing=t.gradient_checkpointing, reference=reference, device=device.type)
+    print(f"\nMemory a device, in GB, for {t.batch_size} records of {length} tokens (the longest of the first "
+          f"{LOOKED_AT:,} has {longest}):")
+    print(training_memory(model, work).table(*available(device)))
