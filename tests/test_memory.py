@@ -128,6 +128,9 @@ def test_the_reference_leaves_the_gpu_once_it_is_known():
     idle, asked = (training_memory(model, Workload(2, 16, reference=r, device="cuda")) for r in ("idle", "asked"))
     assert "reference (in the host's memory)" in idle.parts and "reference" in asked.parts
     assert asked.training > idle.training
+    large = tiny(**LLAMA, depth=4)
+    whole = sum(4 * p.numel() for p in large.parameters())
+    assert training_memory(model, Workload(2, 16, reference="asked", other=large)).parts["reference"] == whole
 
 
 def test_available_and_what_does_not_fit():

@@ -553,6 +553,11 @@ def test_settings_that_a_given_model_would_ignore_are_refused(tmp_path, chatty, 
     assert line == f"error: {flag} is for a model from scratch, but --model is {chatty}: allowed is one of them"
 
 
+def test_a_revision_needs_a_model(tmp_path, capsys):
+    line = refused(capsys, "dpo", "--revision", "main", "--output-dir", tmp_path / "run")
+    assert line == "error: --revision main goes with --model"
+
+
 def test_columns_by_other_names(toy, tmp_path, capsys):
     lines = [json.loads(line) for line in (toy / "train.jsonl").read_text().splitlines()]
     renamed = write_jsonl(tmp_path / "d.jsonl", [{"q": r["prompt"], "good": r["chosen"], "bad": r["rejected"]} for r in lines])

@@ -43,6 +43,7 @@ class Workload:
     bf16: bool = False
     checkpointing: bool = False
     reference: str = "none"  # or "idle" (all its log-probabilities are known before training), "asked" (at every step)
+    other: nn.Module | None = None  # the reference, where it is no copy of the policy
     device: str = "cpu"
 
 
@@ -69,12 +70,17 @@ class Need:
         return "\n".join(lines) + fits
 
 
+def size(model: nn.Module) -> float:
+    """Bytes of a model's parameters."""
+    return float(sum(p.numel() * p.element_size() for p in model.parameters()))
+
+
 def training_memory(model: nn.Module, work: Workload) -> Need:
     """The memory of training `model` (on any device, the meta device as well); see this module's text."""
     assert isinstance(model, TransformerWrapper)
     options, layers = model.attn_layers.config, model.attn_layers
     parameters = list(model.parameters())
-    held = float(sum(p.numel() * p.element_size() for p in parameters))
+    held = size(model)
     w = parameters[0].element_size()
     autocast = work.bf16 and w == 4
     c = 2 if autocast else w
@@ -97,7 +103,7 @@ def training_memory(model: nn.Module, work: Workload) -> Need:
     scores = v * (4 + c + (4 if c == 2 else 0))  # of one token, without gradients: logits, in fp32, log-softmax
     logits = tokens * (max(12 * v, 4 * v + scores) if work.reference == "asked" else 12 * v)
 
-    reference = held if work.reference != "none" else 0.0
+    reference = (held if work.other is None else size(work.other)) if work.reference != "none" else 0.0
     beside = 0.0 if work.reference == "idle" and work.device != "cpu" else reference
     casts = 2.0 * matrices if autocast else 0.0
     parts = {"weights": held, "gradients": held, "optimizer state": 2 * held,

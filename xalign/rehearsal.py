@@ -46,7 +46,10 @@ def rehearse_dpo(config: DPOConfig, device: torch.device) -> None:
         print(f"\n{side}:")
         print(show_record(tokenizer, prompt + completion, [False] * len(prompt) + [True] * len(completion)))
     reference = "idle" if config.loss.precompute_ref_log_probs else "asked"
-    show_memory(config, model, length, max(p.length for p in encoded), 2, reference, device)
+    other = None
+    if config.loss.ref_model:
+        other = outline(config.loss.ref_model, allow_pickle=config.model.allow_pickle)[0].to(torch_dtype(config.run.dtype))
+    show_memory(config, model, length, max(p.length for p in encoded), 2, reference, device, other)
 
 
 def shape(config: DPOConfig | SFTConfig, examples: Callable[[], Iterator[Example]]) -> tuple[TransformerWrapper, Tokenizer]:
@@ -77,11 +80,12 @@ def show_record(tokenizer: Tokenizer, ids: Sequence[int], scored: Sequence[bool]
 
 
 def show_memory(config: DPOConfig | SFTConfig, model: TransformerWrapper, length: int, longest: int, sides: int,
-                reference: str, device: torch.device) -> None:
+                reference: str, device: torch.device, other: nn.Module | None = None) -> None:
     """The table of `memory`, for the batch as it may become at worst."""
     t = config.training
     work = Workload(rows=sides * t.batch_size, length=length, accumulates=t.gradient_accumulation_steps > 1, bf16=t.bf16,
-                    checkpointing=t.gradient_checkpointing, reference=reference, device=device.type)
+                    checkpointing=t.gradient_checkpointing, reference=reference, other=other,
+                    device=device.type)
     print(f"\nMemory a device, in GB, for {t.batch_size} records of {length} tokens (the longest of the first "
           f"{LOOKED_AT:,} has {longest}):")
     print(training_memory(model, work).table(*available(device)))

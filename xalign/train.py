@@ -83,6 +83,8 @@ def check(config: Any) -> None:
     if config.model.model:
         refuse_unused(config)
     else:
+        if config.model.revision is not None:
+            raise ConfigError(f"--revision {config.model.revision} goes with --model")
         with torch.device("meta"):
             scratch_model(config.model, config.model.vocab_size, 0)
     if isinstance(config, DPOConfig):
