@@ -9,8 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizer_folders import KINDS, write
 
-from xalign.data.chat_template import render, render_completion, render_prompt, render_text
-from xalign.data.records import Message
+from xalign.data.chat_template import DEFAULT_TEMPLATE, NotCut, render, render_completion, render_prompt, render_text
+from xalign.data.collate import TruncationReport, encode_example, encode_pair, encode_turns
+from xalign.data.records import Example, Message, PreferencePair
+from xalign.prepare import encode_examples
 from xalign.tokenizers import load_tokenizer, train_sentencepiece
 
 transformers = pytest.importorskip("transformers")
@@ -33,6 +35,17 @@ TEMPLATES = {
     "{% else %}{{ m.content | trim + '<|eot_id|>' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}",
 }
+# As Qwen3's: turns before the last question lose their <think> block, those behind it get one.
+QWEN3 = (
+    "{%- set ns = namespace(last=-1) %}"
+    "{%- for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}"
+    "{%- for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
+    "{%- if m.role == 'assistant' %}{% set reply = m.content.split('</think>')[-1].lstrip('\n') %}"
+    "{%- set thought = m.content.split('</think>')[0].split('<think>')[-1].strip('\n') if '</think>' in m.content else '' %}"
+    "{%- if loop.index0 > ns.last %}{{ '<think>\n' + thought + '\n</think>\n\n' }}{% endif %}{{ reply + '<|im_end|>\n' }}"
+    "{%- else %}{{ m.content + '<|im_end|>\n' }}{% endif %}{% endfor %}"
+    "{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 PAIRS = [("chatml", "qwen"), ("chatml", "smollm"), ("llama2", "llama2"), ("llama2", "llama2-first"), ("llama3", "llama3")]
 
 
@@ -134,24 +147,77 @@ def test_plain_prompt_and_completion_equal_trl(kind, tmp_path):
 
 def test_pairs_equal_those_of_trls_own_trainer(peers, tmp_path):
     """What DPOTrainer makes of conversational and of plain pairs, ids of prompt, chosen and rejected."""
-    trl = pytest.importorskip("trl")
-    datasets = pytest.importorskip("datasets")
     _, ours, peer = peers
-    peer.pad_token = peer.pad_token or peer.eos_token
-    config = transformers.LlamaConfig(vocab_size=len(peer), hidden_size=8, intermediate_size=8, num_hidden_layers=1,
-                                      num_attention_heads=1, num_key_value_heads=1)  # fmt: skip
-    models = [transformers.LlamaForCausalLM(config) for _ in range(2)]
-    args = trl.DPOConfig(output_dir=str(tmp_path), report_to=[], max_length=None, use_cpu=True, bf16=False)
     other = A("Nope 12.")
     chats = [(chat[:-1], chat[-1:], (other,)) for chat in CHATS.values()]
     plain = [("What is it?", " A cat 😀", " no"), ("Human: hi\n\nAssistant:", " I'm fine.\n", " x y")]
     for pairs in (chats, plain):
-        rows = [[side if isinstance(side, str) else [vars(m) for m in side] for side in pair] for pair in pairs]
-        data = datasets.Dataset.from_list([dict(zip(("prompt", "chosen", "rejected"), row, strict=True)) for row in rows])
-        prepared = trl.DPOTrainer(*models, args=args, train_dataset=data, processing_class=peer).train_dataset
-        for (prompt, *sides), row in zip(pairs, prepared, strict=True):
-            for side, name in zip(sides, ("chosen_ids", "rejected_ids"), strict=True):
-                assert render_completion(ours, prompt, side)[:2] == (row["prompt_ids"], row[name])
+        for (prompt, *sides), (head, *expected) in zip(pairs, pairs_of_trl(peer, pairs, tmp_path), strict=True):
+            for side, ids in zip(sides, expected, strict=True):
+                assert render_completion(ours, prompt, side)[:2] == (head, ids)
+
+
+def pairs_of_trl(peer, pairs, folder):
+    """What DPOTrainer makes of (prompt, chosen, rejected), each messages or text."""
+    trl = pytest.importorskip("trl")
+    datasets = pytest.importorskip("datasets")
+    peer.pad_token = peer.pad_token or peer.eos_token
+    config = transformers.LlamaConfig(vocab_size=len(peer), hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+                                      num_attention_heads=1, num_key_value_heads=1)  # fmt: skip
+    models = [transformers.LlamaForCausalLM(config) for _ in range(2)]
+    args = trl.DPOConfig(output_dir=str(folder), report_to=[], max_length=None, use_cpu=True, bf16=False)
+    rows = [[side if isinstance(side, str) else [vars(m) for m in side] for side in pair] for pair in pairs]
+    data = datasets.Dataset.from_list([dict(zip(("prompt", "chosen", "rejected"), row, strict=True)) for row in rows])
+    prepared = trl.DPOTrainer(*models, args=args, train_dataset=data, processing_class=peer).train_dataset
+    return [(row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]) for row in prepared]
+
+
+def test_pairs_of_a_template_that_rewrites_earlier_turns_equal_trls(tmp_path):
+    folder = write(tmp_path / "model", "qwen", chat_template=QWEN3)
+    ours, peer = load_tokenizer(folder), transformers.AutoTokenizer.from_pretrained(folder)
+    thought = A("<think>\nsome\n</think>\n\nYes 12.")
+    chats = [*CHATS.values(), (U("Hi"), thought, U("why"), A("so")), (U("Hi"), A("so"), U("why"), thought)]
+    pairs = [(chat[:-1], chat[-1:], (A("Nope 12."),)) for chat in chats if chat[-1].content]
+    for (prompt, *sides), row in zip(pairs, pairs_of_trl(peer, pairs, tmp_path / "trl"), strict=True):
+        pair = encode_pair(PreferencePair(prompt, *sides), ours)
+        assert (pair.prompt, pair.chosen, pair.rejected) == row
+        assert pair.prompt == render_prompt(ours, prompt).ids
+
+
+def test_turns_of_a_template_that_rewrites_them_are_examples_of_their_own(tmp_path):
+    ours = load_tokenizer(write(tmp_path, "qwen", chat_template=QWEN3))
+    chat = CHATS["three turns"]
+    with pytest.raises(NotCut, match=r"f:1: the chat template writes message 2 differently .*{% generation %}"):
+        encode_example(Example((), chat, "f:1"), ours)
+    turns = encode_turns(Example((), chat, "f:1"), ours)
+    assert [t.where for t in turns] == ["f:1"] * 3
+    for n, turn in zip((2, 4, 6), turns, strict=True):
+        head, reply, mask = render_completion(ours, chat[: n - 1], chat[n - 1 : n])
+        assert turn.ids == head + reply and turn.loss_mask == [False] * len(head) + mask and any(mask)
+        assert head == render_prompt(ours, chat[: n - 1]).ids
+    report = TruncationReport()
+    assert list(encode_examples([Example((), chat, "f:1")], ours, 500, "keep_start", report)) == turns
+    assert (report.total, report.split) == (3, 1)
+    assert len(encode_turns(Example((), chat[:2]), ours)) == 1
+    assert len(encode_turns(Example(chat[:3], chat[3:4]), ours)) == 1
+    ours.chat_template = TEMPLATES["chatml"]
+    assert encode_turns(Example((), chat), ours) == [encode_example(Example((), chat), ours)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_our_own_template_given_to_a_model_without_one_equals_transformers(kind, tmp_path):
+    """Role markers are ordinary text there."""
+    ours = load_tokenizer(write(tmp_path / "in", kind))
+    assert ours.chat_template is None
+    before = [render(ours, chat).ids for chat in CHATS.values()]
+    ours.chat_template = DEFAULT_TEMPLATE
+    ours.save(tmp_path / "out")
+    saved, peer = load_tokenizer(tmp_path / "out"), transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    for chat, ids in zip(CHATS.values(), before, strict=True):
+        assert render(saved, chat).ids == ids
+        if "\n" not in chat[-1].content and not (not chat[0].content and chat[0].role == "user"):
+            assert ids == theirs(peer, chat)["input_ids"]
+            assert render_prompt(saved, chat[:-1]).ids == theirs(peer, chat[:-1], flag=True)["input_ids"]
 
 
 def test_a_block_that_begins_after_the_blank_is_cut_where_the_generation_prompt_ends(peers):

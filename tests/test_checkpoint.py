@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ from torch import nn
 from xalign import DPO, AutoregressiveWrapper, checkpoint, load_pretrained, save_pretrained
 from xalign.checkpoint import atomic_folder, load_state, write_atomically
 from xalign.data.chat_template import DEFAULT_TEMPLATE, ROLE_MARKERS
-from xalign.errors import CheckpointError, DataError, XalignError
+from xalign.errors import CheckpointError, ConfigError, DataError, XalignError
 from xalign.tokenizers import ByteTokenizer
 
 SHAPES = {
@@ -123,9 +125,13 @@ def test_dtype_and_device_can_be_chosen(folder):
     for name, dtype in (("bfloat16", torch.bfloat16), ("fp16", torch.float16), (torch.float64, torch.float64)):
         model, _ = load_pretrained(folder, dtype=name, device="cpu")
         assert {p.dtype for p in model.parameters()} == {dtype}
-    for wrong in ("float33", "int8", "Tensor", "nn"):
-        with pytest.raises(CheckpointError, match=f"dtype is '{wrong}', allowed is float32, bfloat16 or float16"):
+    for wrong in ("float33", "int8", "Tensor", "nn", "float8_e4m3fn", torch.float8_e4m3fn, torch.int8):
+        with pytest.raises(CheckpointError, match=rf"dtype is {wrong!r}, allowed is float32, bfloat16 or float16 \(or float64"):
             load_pretrained(folder, dtype=wrong)
+    for wrong in ("foo", "meta", *([] if torch.cuda.is_available() else ["cuda"])):
+        with pytest.raises(ConfigError, match=f"device is '{wrong}', not usable here") as caught:
+            load_pretrained(folder, device=wrong)
+        assert "\n" not in str(caught.value)
 
 
 def test_a_loaded_model_can_be_trained_and_draws_nothing(folder):
@@ -155,6 +161,47 @@ def test_every_id_that_ends_a_text_is_in_the_generation_config(tmp_path):
     tokenizer.stop_ids = (260, 261)
     save_pretrained(tiny(num_tokens=tokenizer.vocab_size), tmp_path / "m", tokenizer)
     assert json.loads((tmp_path / "m/generation_config.json").read_text())["eos_token_id"] == [258, 260, 261]
+
+
+DRAWING = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "repetition_penalty": 1.05, "transformers_version": "4.45.0"}
+
+
+def test_the_generation_config_survives(tmp_path):
+    """Loading, a step of DPO and saving, and that again; the ids are the tokenizer's, the others that end a text too."""
+    tokenizer = ByteTokenizer(ROLE_MARKERS)
+    save_pretrained(tiny(num_tokens=tokenizer.vocab_size), tmp_path / "m", tokenizer)
+    (tmp_path / "m/generation_config.json").write_text(json.dumps(DRAWING | {"eos_token_id": [7, 8], "pad_token_id": 9}))
+    model, _ = load_pretrained(tmp_path / "m")
+    dpo = DPO(model)
+    dpo(ids(2, 5), ids(2, 5)).backward()
+    torch.optim.SGD(dpo.parameters(), lr=0.1).step()
+    tokenizer.stop_ids = (260,)
+    for i, saved in enumerate((dpo, dpo.ref_model, AutoregressiveWrapper(model))):
+        save_pretrained(saved, tmp_path / str(i), tokenizer)
+        save_pretrained(load_pretrained(tmp_path / str(i))[0], tmp_path / "again", tokenizer)
+        for folder in (str(i), "again"):
+            found = json.loads((tmp_path / folder / "generation_config.json").read_text())
+            assert found == DRAWING | {"bos_token_id": 257, "eos_token_id": [258, 260], "pad_token_id": 256}
+            assert json.loads((tmp_path / folder / "config.json").read_text())["eos_token_id"] == [258, 260]
+
+
+@pytest.mark.parametrize("drawn", [None, DRAWING | {"eos_token_id": [4, 5]}])
+def test_without_a_tokenizer_the_ids_are_the_folders(tmp_path, drawn):
+    save_pretrained(tiny(**LLAMA), tmp_path / "m")
+    change_config(tmp_path / "m", bos_token_id=3, eos_token_id=4, pad_token_id=0)
+    (tmp_path / "m/generation_config.json").unlink()
+    if drawn is not None:
+        (tmp_path / "m/generation_config.json").write_text(json.dumps(drawn))
+    save_pretrained(load_pretrained(tmp_path / "m")[0], tmp_path / "again")
+    ends = {"bos_token_id": 3, "eos_token_id": 4 if drawn is None else [4, 5], "pad_token_id": 0}
+    assert json.loads((tmp_path / "again/generation_config.json").read_text()) == (drawn or {}) | ends
+    assert json.loads((tmp_path / "again/config.json").read_text()).items() >= ends.items()
+
+
+def test_a_generation_config_that_is_none_is_told(folder):
+    (folder / "generation_config.json").write_text("[]")
+    with pytest.raises(DataError, match=r"generation_config.json: must hold one JSON object"):
+        load_pretrained(folder)
 
 
 GREEDY = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
@@ -298,6 +345,52 @@ def test_atomic_folder_makes_its_parents(tmp_path):
     assert (tmp_path / "a/b/c/f").read_text() == "x"
 
 
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a place where nothing can be made")
+def test_a_place_that_cannot_be_written_is_one_line():
+    for place in ("/proc/x", "/proc/x/y"):
+        with pytest.raises(CheckpointError, match=f"^{place} can't be written") as caught:
+            save_pretrained(tiny(), place)
+        assert "\n" not in str(caught.value)
+
+
+def test_what_killed_saves_left_is_removed_by_the_next(tmp_path):
+    save_pretrained(tiny(**LLAMA), tmp_path / "m")
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    host = os.uname().nodename
+    owners = (dead.pid, host), (os.getpid(), host), (os.getppid(), host), (dead.pid, "far")
+    names = [f".m.{pid}@{at}.tmp" for pid, at in owners]
+    for name in (*names, ".mm.1.tmp"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "m/README.md").write_text("mine")
+    (tmp_path / "m").rename(tmp_path / f".m.{dead.pid}@{host}.old")  # killed between its two renames
+    save_pretrained(tiny(seed=1, **LLAMA), tmp_path / "m")
+    assert {p.name for p in tmp_path.iterdir()} == {"m", names[2], names[3], ".mm.1.tmp"}
+    assert (tmp_path / "m/README.md").read_text() == "mine"
+    equal_bits(load_pretrained(tmp_path / "m")[0], tiny(seed=1, **LLAMA))
+
+
+RACE = """
+import sys, time
+from xalign.checkpoint import atomic_folder
+end = time.monotonic() + 2
+while time.monotonic() < end:
+    with atomic_folder(sys.argv[1]) as inside:
+        (inside / "config.json").write_text(sys.argv[2])
+        (inside / "generation_config.json").write_text(sys.argv[2])
+"""
+
+
+def test_processes_that_save_at_once_replace_one_anothers(tmp_path):
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m/README.md").write_text("mine")
+    both = [subprocess.Popen([sys.executable, "-c", RACE, tmp_path / "m", name], stderr=subprocess.PIPE) for name in "abc"]
+    assert [p.communicate()[1] for p in both] == [b""] * 3
+    assert [p.name for p in tmp_path.iterdir()] == ["m"]
+    files = contents(tmp_path / "m")
+    assert files.pop("README.md") == b"mine" and len(files) == 2 and len(set(files.values())) == 1
+
+
 # -- damage ---------------------------------------------------------------------------------------------------------
 
 
@@ -313,6 +406,7 @@ def change_tensors(folder: Path, change) -> None:
 
 
 Q = "model.layers.1.self_attn.q_proj.weight"
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 123\n"
 DAMAGES = {
     "no config": (lambda f: (f / "config.json").unlink(), "no config.json there"),
     "no folder": (shutil.rmtree, "no config.json there"),
@@ -329,7 +423,9 @@ DAMAGES = {
     "rope of another kind": (lambda f: change_config(f, rope_scaling={"rope_type": "yarn"}), "rope_type is 'yarn' in one"),
     "other activation": (lambda f: change_config(f, hidden_act="relu"), "hidden_act is 'relu', allowed is"),
     "a vocabulary beyond memory": (lambda f: change_config(f, vocab_size=10**15), r"has shape \(300, 32\), allowed is"),
-    "no weights": (lambda f: (f / "model.safetensors").unlink(), "model.safetensors: can't be read as safetensors"),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), "no weights there, allowed is model.safetensors, or"),
+    "a pointer for weights": (lambda f: (f / "model.safetensors").write_text(POINTER), "tensors: is a Git LFS pointer, .*`git"),
+    "a pointer for the tokenizer": (lambda f: (f / "tokenizer.json").write_text(POINTER), "json: is a Git LFS pointer"),
     "weights are a folder": (lambda f: ((f / "model.safetensors").unlink(), (f / "model.safetensors").mkdir()), "can't be"),
     "empty weights": (lambda f: (f / "model.safetensors").write_bytes(b""), "can't be read as safetensors"),
     "truncated": (lambda f: os.truncate(f / "model.safetensors", 5000), "can't be read as safetensors"),

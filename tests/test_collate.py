@@ -129,6 +129,39 @@ def test_truncate_example_by_hand():
     assert report == TruncationReport(total=4, prompt_cut=1, completion_cut=1, dropped=1)
 
 
+def test_only_a_bos_is_kept_in_front():
+    """A first token that is no BOS is a piece of the prompt like the others."""
+    pair = EncodedPair([5, 10, 11, 12, 13], [20, 21, 2], [30, 2], bos=False)
+    assert truncate_pair(pair, 6) == EncodedPair([11, 12, 13], [20, 21, 2], [30, 2])
+    assert not truncate_pair(pair, 6).bos and truncate_pair(pair, 2) == EncodedPair([13], [20], [30])
+    example = EncodedExample([5, 6, 7, 8, 9], [False, False, False, True, True], bos=False)
+    assert truncate_example(example, 3, "keep_end") == [EncodedExample([7, 8, 9], [False, True, True])]
+    answer = EncodedExample([5, 6, 7, 8], [False, True, True, True], bos=False)  # a prompt of one token is no BOS,
+    assert truncate_example(answer, 3) == [EncodedExample([5, 6, 7], [False, True, True])]  # and this no document
+    document = EncodedExample([5, 6, 7, 8], [True] * 4, bos=False)
+    assert [w.ids for w in truncate_example(document, 3)] == [[5, 6, 7], [7, 8]]
+
+
+@pytest.mark.parametrize("kind", ["adds", "adds none", "has none", "opens turns"])
+def test_encoding_tells_whether_there_is_a_bos(kind):
+    tokenizer = ByteTokenizer(ROLE_MARKERS)
+    tokenizer.adds_bos = kind == "adds"
+    tokenizer.chat_template = None
+    if kind == "has none":
+        tokenizer.bos_id = None
+    if kind == "opens turns":  # SmolLM2's template, whose turns open with its BOS
+        tokenizer.chat_template = ("{% for m in messages %}{{ bos_token + m.role + ':' + m.content + eos_token }}{% endfor %}"
+                                   "{% if add_generation_prompt %}{{ bos_token + 'assistant:' }}{% endif %}")
+    assert encode_pair(PreferencePair("ab", "c", "d"), tokenizer).bos == (kind == "adds")
+    assert encode_pair(PAIR, tokenizer).bos == (kind in ("adds", "adds none"))  # our template writes it
+    assert encode_example(Example("ab", "c"), tokenizer).bos == (kind == "adds")
+    document = encode_example(Example("", "abcdefgh"), tokenizer)  # begins with BOS, or EOS for want of one
+    assert document.bos and len(truncate_example(document, 6)) == 2
+    cut = truncate_pair(encode_pair(PreferencePair("x" * 20 + "END", "c", "d"), tokenizer), 6)
+    assert tokenizer.decode(cut.prompt).endswith("END") and (cut.prompt[0] == tokenizer.bos_id) == (kind == "adds")
+    assert len(cut.prompt) == 4
+
+
 def test_collate_pairs_by_hand():
     batch = collate_pairs([EncodedPair([1, 5], [6, 2], [2]), EncodedPair([1], [7, 8, 9, 2], [6, 2])], PAD, [4, 9])
     assert batch.chosen.tolist() == [[1, 5, 6, 2, PAD], [1, 7, 8, 9, 2]] and batch.chosen.dtype == torch.long

@@ -406,6 +406,17 @@ def test_a_layout_covers_every_parameter_once(name):
     ("llama", {"intermediate_size": None}, "intermediate_size is missing, allowed is a whole number >= 1"),
     ("mistral", {"head_dim": 0}, "head_dim is 0"), ("qwen3", {"vocab_size": "9"}, "vocab_size is '9'"),
     ("gpt2", {"activation_function": "relu"}, "activation_function is 'relu'"),
+    ("qwen3", {"layer_types": ["full_attention"]}, "layer_types is 'a list of 1 kinds', allowed is a list of num"),
+    ("llama", {"layer_types": "full_attention"}, "layer_types is 'full_attention', allowed is a list of num_hidden_layers = 2"),
+    ("llama", {"rope_scaling": "linear"}, "rope_scaling is 'linear', allowed is null or an object: {\"rope_type\""),
+    ("llama", {"rope_parameters": [1]}, "rope_parameters is [1], allowed is null or an object"),
+    ("llama", {"rope_theta": "10000"}, "rope_theta is '10000', allowed is a number"),
+    ("gpt_neox", {"rotary_pct": "1"}, "partial_rotary_factor is '1', allowed is a number"),
+    ("llama", {"rope_scaling": {"rope_type": ["linear"]}}, "rope_type is ['linear'], allowed is default, linear"),
+    ("llama", {"hidden_act": ["silu"]}, "hidden_act is ['silu'], allowed is silu, swish"),
+    ("llama", {"attention_dropout": "a"}, "attention_dropout is 'a', allowed is a number"),
+    ("gpt_neox", {"attention_dropout": [0.1]}, "attention_dropout is [0.1], allowed is a number"),
+    ("mistral", {"rms_norm_eps": "1e-5"}, "rms_norm_eps is '1e-5', allowed is a number"),
 ])
 def test_what_is_not_computed_is_refused_by_name(model_type, fields, words):
     base = {"gpt2": GPT2, "gpt_neox": NEOX}.get(model_type, LLAMA)

@@ -116,6 +116,46 @@ def test_bad_parquets(tmp_path, monkeypatch):
     fails(path, r"reading parquet needs pyarrow: pip install 'xalign\[parquet\]'")
 
 
+def test_two_columns_of_one_name(tmp_path):
+    table = pyarrow.Table.from_arrays([pyarrow.array(["a"])] * 5, names=["chosen", "rejected", "x", "chosen", "x"])
+    parquet.write_table(table, path := tmp_path / "d.parquet")
+    fails(path, "two columns are called 'chosen'; allowed: each name once")
+    assert len(list(raw_records(path, ("rejected",)))) == 1  # one that isn't read does no harm
+
+
+def test_one_record_is_a_json_file(tmp_path):
+    record = {"prompt": "p", "chosen": "a", "rejected": "b"}
+    for name, data in (("a.json", json.dumps(record)), ("b.json", json.dumps(record, indent=2))):
+        (path := tmp_path / name).write_text(data)
+        assert [p.where for p in read_pairs(path)] == [f"{path}:1"]
+    path.write_text('{"version": 1, "pairs": []}')
+    fails(path, "holds the keys 'version', 'pairs'; allowed: a list of records")
+
+
+def test_pipes_and_devices_are_refused(tmp_path):
+    os.mkfifo(tmp_path / "f.jsonl")
+    os.symlink("/dev/zero", tmp_path / "zero.jsonl")
+    os.mkfifo(tmp_path / "f.parquet")
+    for name in ("f.jsonl", "f.parquet", "zero.jsonl"):
+        fails(tmp_path / name, r"can't be read \(a pipe or device\); allowed: a file \.jsonl")
+
+
+def test_bad_lines_can_be_told_and_left(tmp_path):
+    lines = ['{"text": "a"}', "broken", "", "[1]", "null", '{"text": "b"}', '{"text":']
+    for name in ("d.jsonl", "d.json"):
+        (path := tmp_path / name).write_text("\n".join(['{"text": "0"}', *lines] if name == "d.json" else lines))
+        errors = []
+        good = [value["text"] for _, value in raw_records(path, (), lambda *place: errors.append(place))]  # noqa: B023
+        bad = [(where, str(error)) for where, error in errors]
+        shift = int(name == "d.json")
+        assert good == ["0"] * shift + ["a", "b"] and [w for w, _ in bad] == [f"{path}:{n + shift}" for n in (2, 4, 5, 7)]
+        assert all(error.startswith(f"{where}: ") for where, error in bad) and "not list" in bad[1][1]
+    path = tmp_path / "bad.jsonl"
+    path.write_text("x\n")
+    assert list(raw_records(path, (), lambda where, error: None)) == []
+    fails(path, ":1: not valid JSON")
+
+
 def test_a_line_longer_than_the_limit_is_not_read(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "LINE_LIMIT", 2**20)
     good = json.dumps({"chosen": "a", "rejected": "b"})

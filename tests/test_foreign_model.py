@@ -72,8 +72,8 @@ def losses_of(run: Path) -> list[float]:
 def train(model: Path, data: Path, run: Path, *more: str) -> list[float]:
     """The loss of each of 20 steps of the program."""
     main(["--model", str(model), "--dataset", str(data), "--max-steps", "20", "--batch-size", "3", "--learning-rate", "1e-3",
-          "--lr-scheduler-type", "constant", "--warmup-steps", "0", "--logging-steps", "1", "--eval-prompts", "4",
-          "--eval-samples", "1", "--eval-max-new-tokens", "8", "--output-dir", str(run), *more], "dpo")
+          "--lr-scheduler-type", "constant", "--warmup-steps", "0", "--adam-beta2", "0.999", "--logging-steps", "1",
+          "--eval-prompts", "4", "--eval-samples", "1", "--eval-max-new-tokens", "8", "--output-dir", str(run), *more], "dpo")
     return losses_of(run)
 
 
@@ -95,7 +95,7 @@ def trl_losses(model: Path, data: Path, folder: Path, steps: int) -> list[float]
              ("prompt", "chosen", "rejected")} for step in range(steps) for i in order.batch(step)]
     args = DPOConfig(output_dir=str(folder), beta=0.1, report_to=[], use_cpu=True, bf16=False, max_length=None, max_steps=steps,
                      per_device_train_batch_size=3, learning_rate=1e-3, lr_scheduler_type="constant", warmup_steps=0,
-                     adam_beta2=0.95, logging_steps=1, gradient_checkpointing=False, save_strategy="no", disable_tqdm=True)
+                     logging_steps=1, gradient_checkpointing=False, save_strategy="no", disable_tqdm=True)
     trainer = Ordered(model=AutoModelForCausalLM.from_pretrained(model), args=args, train_dataset=Dataset.from_list(rows),
                       processing_class=AutoTokenizer.from_pretrained(model))
     trainer.train()

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -220,11 +221,13 @@ def test_whatever_else_the_client_raises_is_one_line(online, monkeypatch, error)
 def test_no_network_is_one_line_and_the_cache_does(online, cache, folder):
     online.server.shutdown()
     online.server.server_close()
+    began = time.monotonic()
     with pytest.raises(CheckpointError, match="hub can't be reached, and its cache lacks this model") as caught:
         load_pretrained("me/llama")
     one_line(caught.value, "me/llama")
     with pytest.raises(DataError, match="hub can't be reached, and its cache lacks this dataset"):
         hub.dataset_files("me/data")
+    assert time.monotonic() - began < 4, "the client tried again and again"
     into_cache(cache, "models", "me/llama", files(folder))
     assert torch.equal(load_pretrained("me/llama")[0](ids(2, 9)), MODEL(ids(2, 9)))
 

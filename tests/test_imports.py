@@ -22,6 +22,7 @@ FLOORS = [
     "tokenizers",
     "data.records",
     "data.files",
+    "data.shapes",
     "data.sources",
     "data.chat_template",
     "data.collate",

@@ -1,6 +1,7 @@
 """`xalign data inspect`: counts, duplicates, lengths, truncation, and the example with its borders."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from pyarrow import parquet
 from xalign.cli import main
 from xalign.data.chat_template import render_completion
 from xalign.data.collate import encode_pair, truncate_pair
-from xalign.data.sources import read_pairs
+from xalign.data.sources import read_examples, read_pairs
 from xalign.display import Paint, histogram, show_text, show_tokens, table, visible
 from xalign.errors import ConfigError
 from xalign.inspection import describe, inspect
@@ -216,7 +217,89 @@ def test_what_was_read_before_an_error_is_shown(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         main(["data", "inspect", str(path)])
     out, err = capsys.readouterr()
-    assert stop.value.code == 2 and "1 read, 1 kept" in out and f"{path}:2: not valid JSON" in err
+    assert stop.value.code == 2 and "2 read, 1 kept" in out and f"{path}:2: not valid JSON" in err
+    path.write_text("broken\n" + json.dumps(PAIR) + "\n[1]\n" + json.dumps(PAIR) + "\n")
+    found, error = inspect(path)
+    assert error is None and (found.report.records, found.report.kept) == (4, 2)
+    assert sorted(found.bad.first.values()) == [f"{path}:1", f"{path}:3"]
+    path.write_bytes(json.dumps(PAIR).encode() + b"\n\xff\n")  # from here on nothing is a line
+    found, error = inspect(path)
+    assert found.report.kept == 1 and "not UTF-8" in str(error)
+
+
+def test_records_of_another_kind(write, capsys):
+    """sft takes them, so that only the other program stops there, and nobody is told that training does."""
+    reply = {"prompt": "a", "completion": "b"}
+    path = write([PAIR, {"text": "a"}, reply | {"label": True}, PAIR, reply])
+    assert len(read_examples(path)) == 5
+    found, lines = lines_of(path)
+    assert found.report.kept == 2 and sum(found.mixed.flaws.values()) == 3 and not found.bad.flaws
+    said = f"1 of another kind, plain text: xalign sft reads it, xalign dpo stops at it (first: {path}:2)"
+    assert any(said in x for x in lines)
+    main(["data", "inspect", path])
+    assert "training stops" not in capsys.readouterr().out
+    found, _ = lines_of(write([PAIR, reply | {"label": None}]))
+    assert found.report.flaws == {"label is null, dropped": 1}
+    found, _ = lines_of(write([reply | {"label": 0}, {"text": "a"}]))
+    assert list(found.mixed.flaws) == ["of another kind, plain text: xalign sft reads it, it has no label"]
+    found, _ = lines_of(write([PAIR, {"prompt": "a"}, {"text": 3}]))  # which no training takes
+    assert sum(found.bad.flaws.values()) == 2 and not found.mixed.flaws
+
+
+def test_empty_replies(write, capsys):
+    path = write([PAIR, PAIR | {"chosen": ""}])
+    with pytest.raises(SystemExit):
+        main(["data", "inspect", path])
+    assert f"{path}:2: 'chosen' is an empty completion (--empty drop skips such records)" in capsys.readouterr().err
+    main(["data", "inspect", path, "--empty", "drop"])
+    assert "1 empty reply, dropped" in capsys.readouterr().out
+
+
+def test_file_names_are_told_from_settings(write, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lang=en").mkdir()
+    for name in ("a=b.jsonl", "lang=en/x.jsonl", "plain.jsonl"):
+        write([{"prompt": "p", "better": "b", "rejected": "r"}], name)
+        for arguments in ([f"./{name}", "--columns", "chosen=better"], ["--columns", "chosen=better", f"./{name}"],
+                          ["--columns=chosen=better", "--dataset", name], [f"--dataset={name}", "--columns", "chosen=better"],
+                          [name, "--columns", "chosen=better", "--limit", "1"]):
+            main(["data", "inspect", *arguments])
+            assert "1 read, 1 kept" in capsys.readouterr().out
+        with pytest.raises(SystemExit) as stop:
+            main(["data", "inspect", "--print-config", name])
+        assert stop.value.code == 0 and json.loads(capsys.readouterr().out)["dataset"] == name
+    for arguments in (["--dataset", "a", "b"], ["--dataset=a", "b"], ["b", "--dataset", "a"],
+                      ["--columns", "chosen=x", "a", "b"]):
+        with pytest.raises(SystemExit) as stop:
+            main(["data", "inspect", *arguments])
+        err = capsys.readouterr().err
+        assert stop.value.code == 2 and "several files are given (" in err and err.count("\n") == 1
+    with pytest.raises(SystemExit):
+        main(["data", "inspect", "--dataset"])
+    assert "dataset" in capsys.readouterr().err
+
+
+def test_output_that_is_not_utf8(write):
+    path = write([PAIR | {"prompt": "é😀"}])
+    environment = {"PYTHONIOENCODING": "ascii", "PATH": os.environ["PATH"]}
+    done = subprocess.run([sys.executable, "-m", "xalign", "data", "inspect", path], cwd=ROOT, capture_output=True, text=True,
+                          env=environment)
+    assert done.returncode == 0 and done.stderr == "" and r"\xe9\U0001f600" in done.stdout
+
+
+def test_only_training_says_that_it_can_go_on(write, monkeypatch, capsys):
+    from xalign import inspection, train
+
+    def stopped(config):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(inspection, "run_inspect", stopped)
+    monkeypatch.setattr(train, "run_sft", stopped)
+    for arguments, message in ((["data", "inspect", "x"], "stopped\n"),
+                               (["sft"], "stopped; finished stages and checkpoints are kept, the same command goes on\n")):
+        with pytest.raises(SystemExit) as stop:
+            main(arguments)
+        assert stop.value.code == 130 and capsys.readouterr().err == message
 
 
 @pytest.mark.skipif(not REAL.exists(), reason=f"the shared data {REAL.name} is not beside this checkout")

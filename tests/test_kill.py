@@ -154,7 +154,8 @@ def test_a_write_that_fails_in_the_middle(toy, undisturbed, tmp_path, limit):
 
     failed = train(toy, tmp_path / "run", preexec_fn=small_files_only)
     last = failed.stderr.splitlines()[-1]
-    assert failed.returncode == 2 and last.startswith("error: ") and "Traceback" not in failed.stderr, failed.stderr
+    assert failed.returncode == 2 and last.startswith("error: /"), failed.stderr
+    assert "File too large" in last and "Traceback" not in failed.stderr
     assert newest_is_good(tmp_path / "run") == step
     again = train(toy, tmp_path / "run")
     assert again.returncode == 0, again.stderr
@@ -175,7 +176,8 @@ def test_a_full_disk(toy, undisturbed, tmp_path):
         ballast.write_bytes(bytes(free - 30_000))
         failed = train(toy, disk / "run")
         last = failed.stderr.splitlines()[-1]
-        assert failed.returncode == 2 and last.startswith("error: ") and "Traceback" not in failed.stderr, failed.stderr
+        assert failed.returncode == 2 and last.startswith(f"error: {disk}/run/"), failed.stderr
+        assert "No space left on device" in last and "Traceback" not in failed.stderr
         assert newest_is_good(disk / "run") == step and not list((disk / "run").glob(".*.tmp"))
         ballast.unlink()
         again = train(toy, disk / "run")

@@ -14,13 +14,15 @@ import pytest
 import torch
 from conftest import LLAMA, tiny
 from safetensors.torch import load_file, save_file
+from tokenizer_folders import write
 
 from xalign import load_pretrained, save_pretrained
 from xalign.cli import main
 from xalign.config import PreferenceDataOptions
-from xalign.data.chat_template import DEFAULT_TEMPLATE, ROLE_MARKERS
+from xalign.data.chat_template import DEFAULT_TEMPLATE, ROLE_MARKERS, render_prompt
+from xalign.data.records import Message
 from xalign.prepare import preference_data
-from xalign.tokenizers import ByteTokenizer
+from xalign.tokenizers import ByteTokenizer, load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 HH = ROOT.parent / "shared/data/hh-harmless-base.train.jsonl.gz"
@@ -171,6 +173,20 @@ def test_interrupt_saves_and_the_same_command_goes_on(finished, toy):
         assert (run / file).read_bytes() == (toy / "stopped" / file).read_bytes(), file
 
 
+def test_a_policy_that_was_deleted_is_made_again(finished, toy, tmp_path, capsys):
+    shutil.copytree(finished[0], tmp_path / "run")
+    before = snapshot(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run/policy")
+    assert call("dpo", "--config", toy / "tiny.json", "--output-dir", tmp_path / "run") == 0
+    out, err = capsys.readouterr()
+    assert f"{tmp_path}/run/policy is missing although there is a report" in err and "resumed after step 6 of 6" in err
+    assert out == finished[1].stdout
+    after = snapshot(tmp_path / "run")
+    timed = ("metrics.jsonl", "sft/metrics.jsonl", "evaluation.json", "report.md", "plots.png")
+    assert {k: v for k, v in after.items() if k not in timed} == {k: v for k, v in before.items() if k not in timed}
+    assert after["metrics.jsonl"] == before["metrics.jsonl"]
+
+
 # -- xalign sft -----------------------------------------------------------------------------------------------------
 
 
@@ -194,6 +210,10 @@ def test_sft_on_plain_text(tmp_path, capsys):
     assert call("sft", *SFT, "--dataset", tmp_path / "text.txt", "--output-dir", tmp_path / "run") == 0
     out, err = capsys.readouterr()
     assert out == f"{tmp_path}/run/policy\n" and "is finished (--overwrite trains it anew)" in err
+    before = snapshot(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run/policy")
+    assert call("sft", *SFT, "--dataset", tmp_path / "text.txt", "--output-dir", tmp_path / "run") == 0
+    assert snapshot(tmp_path / "run") == before, "a deleted policy comes from the last checkpoint"
 
 
 def test_sft_scores_the_assistant_only(tmp_path, capsys):
@@ -205,7 +225,7 @@ def test_sft_scores_the_assistant_only(tmp_path, capsys):
     scored = "".join(eval(r[2].removeprefix("scored ")) for r in rows if r[2].startswith("scored"))
     read = "".join(eval(r[2]) for r in rows if not r[2].startswith("scored"))
     assert "Be kind." in read and "Say" in read and "<|user|>" in read and "<|assistant|>" in read
-    assert scored.endswith("again.") and "!" in scored and "Say" not in scored and "<|" not in scored
+    assert scored.endswith("again.</s>") and "!" in scored and "Say" not in scored and "<|" not in scored
     assert call("sft", *SFT, "--dataset", tmp_path / "talk.jsonl", "--output-dir", tmp_path / "run") == 0
     assert load_pretrained(tmp_path / "run/policy")[1].chat_template == DEFAULT_TEMPLATE
 
@@ -282,6 +302,76 @@ def test_prompt_files(chatty, tmp_path, capsys):
     assert plain.startswith("one\n    ") and "\ntwo two\n    " in plain
 
 
+def test_an_empty_system_turn_is_sent(chatty, capsys):
+    options = ["--model", chatty, "--max-new-tokens", 4, "--temperature", 0, "-p", "one", "--chat", "--json"]
+    sent = json.loads(generated(capsys, *options, "--system", ""))["prompt"]
+    assert sent == [{"role": "system", "content": ""}, {"role": "user", "content": "one"}]
+    assert json.loads(generated(capsys, *options))["prompt"] == sent[1:]
+
+
+# -- models without a chat template, without an end ------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory) -> Path:
+    """A random model with GPT-2's kind of tokenizer, which has no chat template."""
+    pytest.importorskip("tokenizers")
+    folder = tmp_path_factory.mktemp("plain")
+    tokenizer = load_tokenizer(write(folder / "tokenizer", "gpt2"))
+    save_pretrained(tiny(**LLAMA, num_tokens=tokenizer.vocab_size, max_seq_len=256), folder / "model", tokenizer)
+    return folder / "model"
+
+
+NO_TEMPLATE = "has no chat template: xalign's own is used"
+
+
+@pytest.mark.parametrize("command", ["sft", "dpo"])
+def test_conversations_give_a_model_without_a_template_ours(command, plain, tmp_path, capsys):
+    transformers = pytest.importorskip("transformers")
+    if command == "sft":
+        write_jsonl(tmp_path / "talk.jsonl", TALK)
+        options = ["--dataset", tmp_path / "talk.jsonl", "--max-steps", 2, "--batch-size", 4, "--model", plain]
+    else:
+        turn = [{"role": "user", "content": "Say 1."}]
+        sides = {side: [{"role": "assistant", "content": side}] for side in ("chosen", "rejected")}
+        rows = [{"prompt": [*turn, {"role": "assistant", "content": f"{i}"}, *turn], **sides} for i in range(20)]
+        write_jsonl(tmp_path / "talk.jsonl", rows)
+        options = ["--dataset", tmp_path / "talk.jsonl", "--max-steps", 2, "--batch-size", 4, "--eval-prompts", 2,
+                   "--eval-samples", 1, "--eval-max-new-tokens", 2, "--model", plain]
+    for more in (["--dry-run"], ["--output-dir", tmp_path / "run"]):
+        assert call(command, *options, *more) == 0
+        assert capsys.readouterr().err.count(f"{plain} {NO_TEMPLATE}, and saved with the model") == 1
+    for name in ("policy", "reference")[: 1 + (command == "dpo")]:
+        ours = load_pretrained(tmp_path / "run" / name)[1]
+        assert ours.chat_template == DEFAULT_TEMPLATE
+        peer = transformers.AutoTokenizer.from_pretrained(tmp_path / "run" / name)
+        chat = (Message("system", "Be kind."), Message("user", "Hi."), Message("assistant", "Yes"), Message("user", "So?"))
+        ids = peer.apply_chat_template([vars(m) for m in chat], add_generation_prompt=True)["input_ids"]
+        assert ids == render_prompt(ours, chat).ids
+
+
+def test_generate_says_that_there_is_no_template(plain, chatty, capsys):
+    for model, options, count in ((plain, ["--chat"], 1), (plain, [], 0), (chatty, ["--chat"], 0)):
+        capsys.readouterr()
+        assert call("generate", "--model", model, "-p", "x", "--max-new-tokens", 2, *options) == 0
+        assert capsys.readouterr().err.count(NO_TEMPLATE) == count
+
+
+def test_training_says_that_no_text_ends(plain, toy, tmp_path, capsys):
+    shutil.copytree(plain, tmp_path / "model")
+    settings = json.loads((plain / "tokenizer_config.json").read_text())
+    (tmp_path / "model/tokenizer_config.json").write_text(json.dumps({k: v for k, v in settings.items() if k != "eos_token"}))
+    for name in ("config.json", "generation_config.json"):
+        path = tmp_path / "model" / name
+        if path.exists():
+            path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": None}))
+    for command in ("sft", "dpo"):
+        assert call(command, "--dataset", toy / "train.jsonl", "--dry-run", "--model", tmp_path / "model") == 0
+        assert capsys.readouterr().err.count("model has no EOS token: no text of the training ends") == 1
+        assert call(command, "--dataset", toy / "train.jsonl", "--dry-run", "--model", plain) == 0
+        assert "EOS" not in capsys.readouterr().err
+
+
 def test_many_samples_seeds_and_beams(chatty, capsys):
     options = ["--model", chatty, "--max-new-tokens", 10, "-p", "hello", "--json"]
     rows = [json.loads(line)["completion"] for line in generated(capsys, *options, "-n", 5, "--seed", 1).splitlines()]
@@ -355,7 +445,7 @@ def test_dry_run_shows_one_pair_and_writes_nothing(toy, tmp_path, capsys):
         rows = [line.split(None, 2) for line in block.splitlines() if line.strip()]
         scored = "".join(eval(r[2].removeprefix("scored ")) for r in rows if r[2].startswith("scored"))
         read = "".join(eval(r[2]) for r in rows if not r[2].startswith("scored"))
-        assert (read, scored) == (first["prompt"], first[side])
+        assert (read, scored) == (f"<s>{first['prompt']}", f"{first[side]}</s>")
 
 
 def test_dry_run_shows_what_the_run_trains(finished, toy, capsys):
@@ -429,6 +519,19 @@ def test_identical_pairs_are_counted_and_dropped_or_kept(toy, tmp_path, capsys):
     assert "30 pairs" in out and "identical, kept: 10" in err
 
 
+def test_empty_replies_are_refused_unless_they_are_to_be_dropped(toy, tmp_path, capsys):
+    lines = (toy / "train.jsonl").read_text().splitlines()
+    file = tmp_path / "d.jsonl"
+    file.write_text("\n".join([*lines, json.dumps(GOOD | {"chosen": ""})]))
+    shape = ["--dim", 16, "--depth", 1, "--heads", 2, "--vocab-size", 330, "--dry-run"]
+    for command in ("dpo", "sft"):
+        options = [command, "--dataset", file, *shape]
+        said = refused(capsys, *options)
+        assert f"{file}:{len(lines) + 1}: 'chosen' is an empty completion (--empty drop skips such records)" in said
+        assert call(*options, "--empty", "drop") == 0
+        assert f"{len(lines)} of {len(lines) + 1} records kept; empty reply, dropped: 1" in capsys.readouterr().err
+
+
 FLAGS = [
     ("dpo", ["--bata", 1], "unknown flag --bata, did you mean --beta?"),
     ("dpo", ["--learning_rat=1"], "unknown flag --learning-rat, did you mean --learning-rate?"),
@@ -452,6 +555,21 @@ FLAGS = [
     ("dpo", ["--heads", 3], "dim is 128, allowed is a multiple of 2 * heads = 6"),
     ("dpo", ["--kv-heads", 3], "attn_kv_heads is 3, allowed is a divisor of heads = 4"),
     ("dpo", ["--truncation-mode", "middle"], "keep_end"),
+    ("dpo", ["--adam-beta2", 1], "--adam-beta2 is 1.0, allowed is a finite number >= 0 and <= 0.9999999999999999"),
+    ("dpo", ["--adam-epsilon", 0], "--adam-epsilon is 0.0, allowed is a finite number >= 1e-20"),
+    ("dpo", ["--seed", 2**64], "--seed is 18446744073709551616, allowed is a finite number >= 0 and <= 9223372036854775807"),
+    ("generate", ["-p", "x", "--seed", 2**64], "--seed is 18446744073709551616, allowed is"),
+    ("generate", ["-p", "x", "--n", 10**400], "n is 1000"),
+    ("dpo", ["--sft-epochs", 1e308], "--sft-epochs is 1e+308, allowed is"),
+    ("sft", ["--num-train-epochs", 1e308], "--num-train-epochs is 1e+308, allowed is"),
+    *(("dpo", [f"--{name}", 10**400], f"--{name} is 1000") for name in (
+        "dim", "depth", "heads", "kv-heads", "vocab-size", "max-seq-len", "max-length", "batch-size", "sft-batch-size",
+        "gradient-accumulation-steps", "max-steps", "warmup-steps", "sft-warmup-steps", "logging-steps", "eval-steps",
+        "save-steps", "eval-prompts", "eval-samples", "eval-max-new-tokens")),
+    *(("dpo", [f"--{name}", ""], f"--{name} is empty, allowed is a path or a name") for name in (
+        "output-dir", "model", "dataset", "eval-dataset", "sft-dataset", "ref-model", "run-name", "device")),
+    ("sft", ["--dataset", ""], "--dataset is empty, allowed is"),
+    ("generate", ["-p", "x", "--model", ""], "--model is empty, allowed is"),
     ("dpo", ["--lr-scheduler-type", "cosin"], "'cosine', 'linear', 'constant'"),
     ("dpo", ["--device", "toaster"], "--device toaster: not usable here"),
     ("dpo", ["--device", "cuda:77"], "--device cuda:77: not usable here"),
@@ -470,6 +588,7 @@ FLAGS = [
     ("generate", ["-p", "x", "--stop", ""], "stop is ('',), allowed is a list of non-empty strings"),
     ("generate", ["-p", "x", "--prompts", "y"], "--prompt and --prompts are both given"),
     ("generate", ["-p", "x", "--system", "y"], "--system goes with --chat"),
+    ("generate", ["--prompts", "SYSTEM", "--chat", "--system", "y"], "prompt 2 begins with a system turn and --system is"),
     ("generate", ["-p", "x", "--dtype", "float33"], "dtype is 'float33', allowed is float32, bfloat16 or float16"),
     ("generate", ["-p", "\udcff"], "--prompt holds a character that no text has"),
     ("generate", ["-p"], "--prompt"),
@@ -480,7 +599,9 @@ FLAGS = [
 def test_wrong_flags(tmp_path, toy, chatty, capsys, command, arguments, message):
     run = ["--output-dir", tmp_path / "run"]
     small = {"dpo": ["--dataset", toy / "train.jsonl", *run], "sft": run, "generate": ["--model", chatty]}[command]
-    arguments = [str(a).replace("OUT", str(tmp_path / "run")) for a in arguments]
+    system = toy / "system.jsonl"
+    write_jsonl(system, [{"prompt": "x"}, {"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]}])
+    arguments = [str(a).replace("OUT", str(tmp_path / "run")).replace("SYSTEM", str(system)) for a in arguments]
     assert message in refused(capsys, command, *small, *arguments)
     assert list(tmp_path.iterdir()) == []
 
@@ -493,18 +614,29 @@ CONFIGS = [
     ('{"depth": true}', "depth is true, allowed is a number or text"),
     ('{"dataset": ["a", "b"]}', 'dataset is ["a", "b"], allowed is a single value'),
     ('{"max_steps": {"a": 1}}', "allowed is a single value"),
-    ('{"max_steps": "x"}', "--max-steps"),
-    ('{"beta": null}', "--beta"),
-    ('{"learning_rate": NaN}', "is nan"),
-    ('{"depth": 1.5}', "--depth"),
+    ('{"max_steps": "x"}', "c.json: --max-steps: invalid literal"),
+    ('{"beta": "x"}', "c.json: --beta: could not convert string to float: 'x'"),
+    ('{"beta": null}', "c.json: --beta: could not convert"),
+    ('{"dtype": null}', "c.json: invalid choice 'None' for argument '--dtype'"),
+    ('{"learning_rate": NaN}', "c.json: --learning-rate is nan"),
+    ('{"depth": 1.5}', "c.json: --depth"),
+    ('{"max_steps": 0}', "c.json: --max-steps is 0"),
+    ('{"output_dir": ""}', "c.json: --output-dir is empty"),
 ]
 
 
 @pytest.mark.parametrize(("text", "message"), CONFIGS)
 def test_wrong_config_files(tmp_path, capsys, text, message):
     (tmp_path / "c.json").write_text(text)
-    assert message in refused(capsys, "dpo", "--config", tmp_path / "c.json", "--output-dir", tmp_path / "run")
+    run = [] if "output_dir" in text else ["--output-dir", tmp_path / "run"]
+    assert message in refused(capsys, "dpo", "--config", tmp_path / "c.json", *run)
     assert [p.name for p in tmp_path.iterdir()] == ["c.json"]
+
+
+def test_a_wrong_flag_is_not_blamed_on_the_file(tmp_path, capsys):
+    (tmp_path / "c.json").write_text('{"beta": 0.1, "seed": 1}')
+    for flag, value in (("--beta", "y"), ("--seed", -1)):
+        assert refused(capsys, "dpo", "--config", tmp_path / "c.json", flag, value).startswith(f"error: {flag}")
 
 
 def test_unknown_command(capsys):
@@ -569,6 +701,11 @@ def test_columns_by_other_names(toy, tmp_path, capsys):
     assert capsys.readouterr().out == theirs
     assert call("sft", "--dataset", renamed, *shape, *columns) == 0
     assert "first of 29 records" in capsys.readouterr().out
+    # other files of the run may have our names
+    assert call("dpo", "--dataset", renamed, "--eval-dataset", toy / "test.jsonl", *shape, *columns) == 0
+    assert call("dpo", "--dataset", toy / "train.jsonl", "--sft-dataset", renamed, *shape, *columns) == 0
+    assert call("sft", "--dataset", renamed, toy / "train.jsonl", "--eval-dataset", toy / "test.jsonl", *shape, *columns) == 0
+    assert "first of 60 records" in capsys.readouterr().out
     for columns, message in ((["chosen"], "--columns has 'chosen', allowed are settings like chosen=better"),
                              (["chosen=a", "chosen=b"], "each name once"), (["chosen=nope"], "d.jsonl:1: "),
                              (["chosne=good"], "chosne")):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny
+from conftest import LLAMA, tiny
 
 from xalign import save_pretrained
 from xalign.errors import CheckpointError
@@ -208,8 +208,23 @@ def test_a_run_that_failed_later_is_kept(tmp_path):
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [".lock", "config.json", "metrics.jsonl"]
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+@pytest.mark.parametrize("file", ["state.pt", "metrics.jsonl", ".latest"])
+def test_a_full_disk_is_named(tmp_path, monkeypatch, file):
+    real = open
+    monkeypatch.setattr("builtins.open", lambda path, *a, **k: real("/dev/full" if file in str(path) else path, *a, **k))
+    folder = RunFolder(tmp_path)
+    with pytest.raises(OSError) as error:
+        folder.log("metrics.jsonl", {"step": 1})
+        folder.save(3, tiny(num_tokens=20, **LLAMA), None, {"step": 3, "much": torch.zeros(1_000_000)})
+    if file == "state.pt":
+        assert str(error.value) == f"{tmp_path}/checkpoint-3 can't be written (No space left on device)"
+    else:
+        assert error.value.errno == 28 and error.value.filename == str(tmp_path / file.strip("."))
+
+
 def test_leftovers_of_a_kill_are_swept(run):
-    for name in (".checkpoint-4.123.tmp", ".checkpoint-4.99.old", "sft/.checkpoint-8.77.tmp"):
+    for name in (".checkpoint-4.123.tmp", ".checkpoint-4.99@node-1.old", "sft/.checkpoint-8.77.tmp"):
         (run / name).mkdir()
         (run / name / "model.safetensors").write_text("half")
     (run / ".latest.5.tmp").write_text("half")

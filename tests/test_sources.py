@@ -5,29 +5,26 @@ import json
 import subprocess
 import sys
 import tempfile
+from decimal import Decimal
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from xalign.data import shapes
 from xalign.data.records import Example, Labelled, Message, PreferencePair
+from xalign.data.shapes import NAMES, ReadReport, pair_to_example, shape_of, to_example, to_labelled, to_pair, to_prompt
 from xalign.data.sources import (
-    NAMES,
-    ReadReport,
     column_names,
+    columns_by_file,
     iter_labelled,
     iter_pairs,
-    pair_to_example,
     read_examples,
     read_labelled,
     read_pairs,
     read_prompts,
-    shape_of,
-    to_example,
-    to_labelled,
-    to_pair,
-    to_prompt,
 )
 from xalign.errors import ConfigError, DataError
 
@@ -176,7 +173,7 @@ def test_labelled(write):
         read_pairs(path)
     for row, message in ((rows[0] | {"label": "true"}, r"'label' must be true or false \(or 1 or 0\), not 'true'"),
                          (rows[0] | {"label": 2}, "not 2"), (rows[0] | {"completion": " "}, "is an empty completion"),
-                         (rows[0] | {"label": None}, r"without a label, with the keys .* allowed: prompt\+completion\+label"),
+                         ({"prompt": "p"}, r"without a label, with the keys .* allowed: prompt\+completion\+label"),
                          ({"prompt": "p", "label": 1}, "a label, but only the keys 'prompt', 'label'"),
                          (rows[0] | {"completion": [assistant("c")]}, "text and messages are mixed")):
         with pytest.raises(DataError, match=f":1: .*{message}"):
@@ -189,6 +186,85 @@ def test_a_pair_is_two_labelled_completions(write):
     assert list(iter_labelled(path, report=report)) == [Labelled("Sky?", " Blue.", True, f"{path}:1"),
                                                         Labelled("Sky?", " Green.", False, f"{path}:1")]
     assert (report.records, report.kept, sum(report.flaws.values())) == (2, 1, 1)
+
+
+def test_a_label_that_is_null_is_dropped_and_counted(write):
+    rows = [{"prompt": "p", "completion": "c", "label": label} for label in (True, None)]
+    rows += [{"messages": [user("p"), assistant("c")], "label": None}, STANDARD | {"label": None}]
+    for read, kept in ((read_labelled, 3), (read_examples, 2)):  # the pair is one
+        report = ReadReport()
+        assert len(read(write(rows), report=report)) == kept
+        assert report.flaws == {"label is null, dropped": 2} and report.first["label is null, dropped"].endswith(":2")
+    with pytest.raises(DataError, match=r"no usable example .*label is null, dropped: 1"):
+        read_examples(write(rows[1:2]))
+
+
+EMPTY = [
+    (read_pairs, STANDARD, STANDARD | {"rejected": " "}),
+    (read_pairs, {"chosen": [user("a"), assistant("b")], "rejected": [user("a"), assistant("c")], "score_chosen": 1},
+     {"chosen": [user("a"), assistant("b")], "rejected": [user("a"), assistant("")], "score_chosen": 1}),
+    (read_pairs, STANDARD | {"prompt": [user("a")]}, STANDARD | {"prompt": [user("a")], "chosen": ""}),
+    (read_examples, STANDARD, STANDARD | {"chosen": ""}),
+    (read_examples, {"text": "a"}, {"prompt": "a", "completion": "\n"}),
+    (read_examples, {"messages": [user("a"), assistant("b")]}, {"messages": [user("a"), assistant("")]}),
+    (read_examples, {"instruction": "a", "output": "b"}, {"instruction": "a", "output": ""}),
+    (read_labelled, {"completion": "a", "label": 1}, {"completion": "", "label": 0}),
+    (read_labelled, {"completion": "a", "label": 1}, STANDARD | {"rejected": ""}),
+]
+
+
+@pytest.mark.parametrize(("read", "good", "bad"), EMPTY, ids=range(len(EMPTY)))
+def test_empty_replies_are_errors_or_dropped_and_counted(write, read, good, bad):
+    path = write([good, bad, good])
+    with pytest.raises(DataError, match=r"jsonl:2: .*(empty completion|is empty|no assistant turn with any text) "
+                                        r"\(--empty drop skips such records\)$"):
+        read(path)
+    report = ReadReport()
+    assert len(read(path, empty="drop", report=report)) == 2
+    assert (report.records, report.kept, report.flaws) == (3, 2, {"empty reply, dropped": 1})
+    assert report.first == {"empty reply, dropped": f"{path}:2"}
+    with pytest.raises(ConfigError, match="'error', 'drop'"):
+        read(path, empty="keep")
+
+
+def test_what_lacks_a_reply_altogether_is_an_error_in_any_case(write):
+    turn = [user("a")]
+    for read, record in ((read_pairs, {"chosen": turn, "rejected": turn}), (read_examples, {"messages": turn})):
+        with pytest.raises(DataError, match=r":1: .*(no assistant turn|one assistant message)"):
+            read(write([record]), empty="drop")
+
+
+def test_records_too_long_to_tokenise_are_dropped(write, monkeypatch):
+    monkeypatch.setattr(shapes, "TEXT_LIMIT", 100)
+    long = {"chosen": [user("a"), assistant("b")],
+            "rejected": [assistant([{"type": "text", "text": "x" * 99}]), user("c")]}
+    rows = [STANDARD, STANDARD | {"prompt": "x" * 87}, STANDARD | {"prompt": "x" * 88}, long, {"text": "x" * 101}]
+    report = ReadReport()
+    assert [e.where[-2:] for e in read_examples(write(rows), report=report)] == [":1", ":2"]
+    assert report.flaws == {"too long to tokenise (over 100 characters), dropped": 3}
+    assert len(read_pairs(write(rows[:4]))) == 2
+    assert len(read_labelled(write([{"completion": "a", "label": 1}, {"completion": "a" * 101, "label": 1}]))) == 1
+    with pytest.raises(DataError, match=":1: a record of 101 characters; allowed: up to 100"):
+        read_prompts(write([{"prompt": "x" * 101}]))
+
+
+def test_numbers_of_other_types_are_scores():
+    for score in (Decimal("1.5"), np.float32(1.5), np.float64(1.5)):
+        pair = to_pair(STANDARD | {"score_chosen": score, "score_rejected": np.int64(1)}, "f:1", ReadReport())
+        assert pair.margin == 0.5 and isinstance(pair.margin, float)
+    with pytest.raises(DataError, match="'margin' must be a finite number"):
+        to_pair(STANDARD | {"margin": Decimal("NaN")}, "f:1", ReadReport())
+
+
+def test_columns_of_several_files(write):
+    """A file that has none of the mapped columns is read under the standard names, unless none of the files has any."""
+    settings = ["prompt=question", "chosen=better"]
+    own = write([{"question": "q", "better": "b", "rejected": "r"}], "own.jsonl")
+    half, standard = write([{"question": "q", "chosen": "b"}], "half.jsonl"), write([STANDARD], "standard.jsonl")
+    names = {"prompt": "question", "chosen": "better"}
+    assert columns_by_file(settings, [own, standard, half, own]) == {own: names, standard: None, half: names}
+    assert columns_by_file(settings, [standard]) == {standard: names}  # a mistake, which reading it says
+    assert columns_by_file([], [own, "no such file"]) == {own: None, "no such file": None}
 
 
 def test_columns(write):
@@ -207,7 +283,7 @@ def test_columns(write):
         read_pairs(path, columns={"chosn": "better"})
     assert column_names(["chosen=better", "rejected=a=b"]) == {"chosen": "better", "rejected": "a=b"}
     assert column_names([]) is None
-    for wrong in (["chosen"], ["=b"], ["chosen="], ["chosen=a", "chosen=b"]):
+    for wrong in (["chosen"], ["=b"], ["chosen="], ["chosen=a", "chosen=b"], ["chosen=a", "rejected=a"]):
         with pytest.raises(ConfigError, match=r"--columns has .*allowed are settings like chosen=better"):
             column_names(wrong)
 
@@ -394,7 +470,7 @@ def test_bad_pairs_name_their_line(write, second_line, message):
     ("line", "message"),
     [
         ('{"prompt": "a", "completion": ""}', "the completion is empty"),
-        ('{"messages": [{"role": "user", "content": "a"}]}', "no assistant turn"),
+        ('{"messages": [{"role": "user", "content": "a"}]}', "no assistant turn$"),
         ('{"messages": "a"}', "'messages' must be a list of messages, not str"),
         ('{"text": 3}', "'text' must be"),
         ('{"foo": 3}', r"the keys 'foo'; allowed: messages, prompt\+completion, instruction\+output"),

@@ -100,6 +100,16 @@ def test_an_error_while_writing_leaves_what_was_there(tmp_path):
     assert list(open_store(tmp_path / "s", {}, EncodedPair)[0]) == ROWS and len(list(tmp_path.iterdir())) == 1
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+def test_a_full_disk_is_named(tmp_path, monkeypatch):
+    """Where the disk has no room, the system's error has no name of a file."""
+    real = open
+    monkeypatch.setattr("builtins.open", lambda p, *a, **k: real("/dev/full" if str(p).endswith(".bin") else p, *a, **k))
+    with pytest.raises(OSError, match="No space left") as error:
+        write_store(tmp_path / "s", {}, EncodedPair, ROWS, 10)
+    assert error.value.filename == str(tmp_path / "s") and list(tmp_path.iterdir()) == []
+
+
 def test_a_store_is_made_once_for_the_same_tokenizer_and_truncation(tmp_path, capsys):
     tokenizer, other = ByteTokenizer(), ByteTokenizer(("<|user|>",))
     calls = []

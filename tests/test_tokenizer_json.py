@@ -245,6 +245,76 @@ def test_names_may_stand_in_special_tokens_map_or_be_left_to_the_model(tmp_path)
     assert ours.bos_id is None and not ours.adds_bos and ours.encode("a", bos=True) == ours.encode("a")
 
 
+OLDER = {
+    "names": {"special_tokens_map.json": {"eos_token": {"content": "<|endoftext|>"}, "bos_token": "<|im_start|>"}},
+    "names, listed": {"special_tokens_map.json": {"additional_special_tokens": ["<|x|>"]}},
+    "tokens": {"added_tokens.json": {"<|y|>": 604, "<|x|>": 603}},
+    "a gap": {"added_tokens.json": {"<|x|>": 700}},
+    "a known token elsewhere": {"added_tokens.json": {"<|im_end|>": 0}},
+    "both": {"special_tokens_map.json": {"pad_token": "<|x|>"}, "added_tokens.json": {"<|y|>": 603, "<|x|>": 604}},
+}
+
+
+@pytest.mark.parametrize("files", OLDER.values(), ids=OLDER)
+@pytest.mark.parametrize("settings", [{}, {"additional_special_tokens": ["<|im_start|>"]},
+                                      {"added_tokens_decoder": {"0": {"content": "<|endoftext|>", "special": True}}}],
+                         ids=["bare", "further", "decoder"])  # fmt: skip
+def test_older_files_beside_tokenizer_json_count_as_in_transformers(files, settings, tmp_path):
+    folder = write(tmp_path / "in", "qwen", **settings)
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content))
+    for _ in range(2):
+        ours, theirs = load_tokenizer(folder), peer(folder)
+        assert (ours.bos_id, ours.eos_id, ours.pad_id) == (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id)
+        assert ours.vocab_size == len(theirs)
+        for text in ("<|x|><|y|> a", "<|y|> <|im_end|>b", "<|endoftext|>"):
+            assert ours.encode(text) == theirs(text)["input_ids"]
+        assert set(ours.markers.values()) == {i for i, t in theirs.added_tokens_decoder.items() if t.special}
+        ours.save(tmp_path / "out")
+        folder = tmp_path / "out"
+
+
+def test_ids_that_end_a_text_stand_in_the_models_configuration_too(tmp_path):
+    folder = write(tmp_path, "llama3")
+    (folder / "config.json").write_text(json.dumps({"eos_token_id": [4, 1]}))
+    assert load_tokenizer(folder).stop_ids == (1,)
+    (folder / "generation_config.json").write_text(json.dumps({"temperature": 0.6}))
+    assert load_tokenizer(folder).stop_ids == (1,)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [4, 5]}))
+    assert load_tokenizer(folder).stop_ids == (5,)
+    (folder / "generation_config.json").unlink()
+    (folder / "config.json").write_text(json.dumps({"eos_token_id": "x"}))
+    with pytest.raises(DataError, match=r"/config.json: eos_token_id is \['x'\]"):
+        load_tokenizer(folder)
+
+
+NAMED = [("llama2", "LlamaTokenizer", "llama"), ("llama2", "LlamaTokenizerFast", "llama"), ("llama2", None, "llama"),
+         ("llama2-first", "LlamaTokenizer", "llama"), ("gpt2", "GPT2Tokenizer", "gpt2"), ("gpt2", None, "gpt2"),
+         ("qwen", "Qwen2Tokenizer", "qwen2"), ("neox", "GPTNeoXTokenizer", "gpt_neox")]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "name", "model"), NAMED)
+def test_what_we_save_is_read_as_the_file_says_whatever_class_it_had(kind, name, model, tmp_path):
+    folder = write(tmp_path / "in", kind, legacy=False)
+    config = json.loads((folder / "tokenizer_config.json").read_text()) | {"tokenizer_class": name}
+    if name is None:  # as the first folders had it: nothing but the model's type and its ids
+        config = {"legacy": False}
+        ends = {"bos_token_id": 1, "eos_token_id": 2} if kind == "llama2" else {"bos_token_id": 0, "eos_token_id": 0}
+    (folder / "tokenizer_config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+    model_config = json.dumps({"model_type": model, **(ends if name is None else {})})
+    (folder / "config.json").write_text(model_config)
+    ours = load_tokenizer(folder)
+    ours.save(tmp_path / "out")
+    (tmp_path / "out" / "config.json").write_text(model_config)
+    theirs, again = peer(tmp_path / "out"), load_tokenizer(tmp_path / "out")
+    if model != "qwen2":  # 5 has its own class for this model under any name; it does what Qwen's files say
+        assert type(theirs).__name__ == "TokenizersBackend"
+    assert (ours.bos_id, ours.eos_id) == (again.bos_id, again.eos_id) == (theirs.bos_token_id, theirs.eos_token_id)
+    for text in ("The cat  sat", f"{ours.bos_token}The{ours.eos_token} cat", " a\n\n  b", "你好 é"):
+        ids = ours.encode(text, bos=ours.adds_bos)
+        assert ids == theirs(text)["input_ids"] == again.encode(text, bos=again.adds_bos)
+
+
 @pytest.mark.parametrize("kind", ["llama3", "gpt2"])
 @pytest.mark.parametrize("told", [True, False])
 def test_the_post_processor_comes_before_add_bos_token(kind, told, tmp_path):
@@ -305,11 +375,28 @@ def test_what_transformers_5_saved_is_saved_for_4_too(tmp_path):
         ({"bos_token": 3}, "tokenizer_config.json: bos_token is 3, allowed is a string"),
         ({"added_tokens_decoder": {"x": {}}}, "tokenizer_config.json: its added tokens can't be read"),
         ({"eos_token_id": "x"}, "generation_config.json: eos_token_id is .*allowed is an id or a list"),
+        ({"added_tokens.json": '{"<x>": [1]}'}, "tokenizer_config.json: its added tokens can't be read"),
+        ({"special_tokens_map.json": "[]"}, "special_tokens_map.json: must hold one JSON object"),
+        ({"chat_template.jinja": b"\xff\xfe{"}, "chat_template.jinja: can't be read as UTF-8 text"),
+        ({"chat_template.jinja": None}, "chat_template.jinja: can't be read as UTF-8 text .*directory"),
+        (2**31 - 1, r"tokenizer.json: its highest id is 2147483647, allowed is 10\d+ for \d+ tokens"),
     ],
 )
 def test_broken_folders_are_one_line(change, message, tmp_path):
-    folder = write(tmp_path, "gpt2", **(change if isinstance(change, dict) and "decoder" not in change else {}))
-    if isinstance(change, bytes):
+    files = {name: text for name, text in change.items() if "." in name} if isinstance(change, dict) else {}
+    folder = write(tmp_path, "gpt2", **(change if isinstance(change, dict) and not files and "decoder" not in change else {}))
+    for name, text in files.items():
+        if text is None:
+            (folder / name).mkdir()
+        else:
+            (folder / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    if isinstance(change, int):
+        raw = json.loads(contents("gpt2"))
+        raw["model"]["vocab"]["Ġzzz"] = change
+        (folder / "tokenizer.json").write_text(json.dumps(raw))
+    elif files:
+        pass
+    elif isinstance(change, bytes):
         (folder / "tokenizer.json").write_bytes(change)
     elif "decoder" in change:
         (folder / "tokenizer.json").write_text(json.dumps(json.loads(contents("gpt2")) | change))

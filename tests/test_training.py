@@ -16,6 +16,7 @@ import torch
 from conftest import LLAMA, tiny
 
 from xalign import DPO
+from xalign.config import RunOptions, TrainingOptions
 from xalign.data.collate import EncodedExample, EncodedPair, Schedule, collate_examples, collate_pairs
 from xalign.errors import ConfigError, Diverged, Interrupted
 from xalign.evaluation.metrics import pairs_logps
@@ -23,7 +24,7 @@ from xalign.logprobs import token_logprobs
 from xalign.objectives import SFT, Preference
 from xalign.optim import adamw, schedule
 from xalign.runs import METRICS, RunFolder, read_jsonl
-from xalign.stages import micro_batches
+from xalign.stages import loop_options, micro_batches
 from xalign.train import check_first_loss
 from xalign.training import LoopOptions, postponed_signals, train
 
@@ -397,6 +398,17 @@ def test_only_matrices_decay():
     assert all("norm" in (n := names[id(p)]) or "bias" in n or "emb" in n for p in rest["params"])
     assert all("weight" in (n := names[id(p)]) and "norm" not in n and "emb" not in n for p in decays["params"])
     assert len(decays["params"]) + len(rest["params"]) == len(names)
+
+
+def test_the_optimizers_settings_reach_it(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr("xalign.training.adamw", lambda *a: made.append(adamw(*a)) or made[-1])
+    options = TrainingOptions(adam_beta1=0.8, adam_beta2=0.999, adam_epsilon=1e-6)
+    loop = loop_options(options, RunOptions())
+    fit(tmp_path / "a", steps=3, **{k: getattr(loop, k) for k in ("adam_beta1", "adam_beta2", "adam_epsilon")})
+    assert {(g["betas"], g["eps"]) for g in made[0].param_groups} == {((0.8, 0.999), 1e-6)}
+    fit(tmp_path / "b", steps=1)
+    assert {(g["betas"], g["eps"]) for g in made[1].param_groups} == {((0.9, 0.95), 1e-8)}
 
 
 def test_first_loss_check():

@@ -17,13 +17,15 @@ import pytest
 import torch
 from conftest import ids, imported, tiny
 from safetensors.torch import load_file
+from test_chat_parity import TEMPLATES
 from test_families import PEERS, V, peer
+from tokenizer_folders import write
 
 from xalign import AutoregressiveWrapper, load_pretrained, save_pretrained
 from xalign.data import toyworld
 from xalign.data.chat_template import DEFAULT_TEMPLATE, ROLE_MARKERS, render
 from xalign.data.records import Message
-from xalign.tokenizers import train_sentencepiece
+from xalign.tokenizers import load_tokenizer, train_sentencepiece
 
 ROOT = Path(__file__).resolve().parent.parent
 PLACE = ROOT / ".venv-transformers4"
@@ -111,6 +113,12 @@ def work(tmp_path_factory) -> Path:
         save_pretrained(model, root / "models/demo", its)
         named.append("demo")
     tokens |= {name: ids(2, 60, 500).tolist() for name in named}
+    # 5 would read this folder's class otherwise than 4 does, but what we save is the same to both
+    foreign = load_tokenizer(write(root / "in", "llama2", tokenizer_class="LlamaTokenizer", legacy=False))
+    foreign.chat_template = TEMPLATES["llama2"].replace("{% generation %}", "").replace("{% endgeneration %}", "")
+    save_pretrained(tiny(num_tokens=foreign.vocab_size, rotary_pos_emb=True, use_rmsnorm=True, ff_glu=True, ff_swish=True,
+                         ff_no_bias=True, max_seq_len=128), root / "models/llama 2", foreign)
+    named.append("llama 2")
     texts = [*stories, "", " ", "a\n\n\tb  c ", "é🦊 \u2581 e\u0301", "<|user|>hello<|assistant|>", "<s>no</s>"]
     chats = [[{"role": r, "content": c} for r, c in chat] for chat in CHATS]
     asked = {"tokens": tokens, "new": NEW, "tokenizers": named, "texts": texts, "chats": chats}
@@ -157,8 +165,8 @@ def test_every_text_has_the_same_ids_there(work, answered):
         for text, theirs in zip(asked["texts"], answers["texts"][name], strict=True):
             if text != "<s>no</s>":
                 assert tokenizer.encode(text, bos=tokenizer.adds_bos) == theirs, f"{name}: {text!r}"
-        # by choice: a control token's name in a text is a name here, and the token itself there
-        assert tokenizer.encode("<s>no</s>", bos=True) != answers["texts"][name][-1]
+        # by choice: a control token's name in a text is a name here, and the token itself there; not where both read a file
+        assert (tokenizer.encode("<s>no</s>", bos=True) == answers["texts"][name][-1]) == (name == "llama 2")
 
 
 def test_every_chat_has_the_same_ids_there(work, answered):

@@ -1,10 +1,12 @@
 """Save, load and resume, atomically. A checkpoint folder is a Hugging Face folder; training state lies in `training/`."""
 
+import fcntl
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +17,13 @@ from torch.overrides import TorchFunctionMode
 
 from xalign import hf, hub
 from xalign.dpo import DPO, unwrap
-from xalign.errors import CheckpointError
+from xalign.errors import CheckpointError, ConfigError, writing
 from xalign.families import Layout
 from xalign.nn.transformer import TransformerWrapper
+from xalign.tokenizer_base import read_json
 from xalign.tokenizer_json import FILES as TOKENIZER_FILES
 from xalign.tokenizers import Tokenizer, load_tokenizer
-from xalign.weights import INDEX, SHARD, SINGLE, load_weights, save_weights
+from xalign.weights import INDEX, SHARD, SINGLE, load_weights, one_reason, refuse_pointer, save_weights, shard_bytes
 
 CONFIG, GENERATION, STATE = "config.json", "generation_config.json", "training/state.pt"
 # What a save replaces, whoever wrote it (we, transformers, the hub): a mixture of two models' files would load as a third.
@@ -35,7 +38,7 @@ def write_atomically(path: str | os.PathLike, data: str | bytes) -> None:
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        with writing(path), open(temporary, "wb") as file:
             file.write(data.encode() if isinstance(data, str) else data)
             file.flush()
             os.fsync(file.fileno())
@@ -48,34 +51,75 @@ def write_atomically(path: str | os.PathLike, data: str | bytes) -> None:
 def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
     """A folder to fill that appears under its name only when the block has ended well; it replaces an older one.
 
-    Raises `CheckpointError` where there is something else than a checkpoint; a model card and a licence move in.
+    Of two processes that do so at once the later one wins. Raises `CheckpointError` where there is something else than a
+    checkpoint, and where it can't be written; a model card and a licence move in.
     """
     path = Path(path).resolve()
-    foreign = sorted(p.name for p in path.iterdir() if not _is_own(p)) if path.is_dir() else []
-    if foreign or (path.exists() and not path.is_dir()):
-        what = f"holds {foreign[0]!r}, which is no part of a checkpoint" if foreign else "is a file"
-        raise CheckpointError(f"{path} {what}: allowed is a new folder, or a checkpoint's to replace")
-    if Path.cwd().is_relative_to(path):
-        raise CheckpointError(f"{path} is the working directory or above it, allowed is another folder")
     try:
+        if Path.cwd().is_relative_to(path):
+            raise CheckpointError(f"{path} is the working directory or above it, allowed is another folder")
         path.parent.mkdir(parents=True, exist_ok=True)
+        # The host is in the name because a process id means nothing on another one.
+        temporary, old = (path.with_name(f".{path.name}.{os.getpid()}@{_host()}.{kind}") for kind in ("tmp", "old"))
+        with _alone(path.parent):
+            _sweep(path)
+            foreign = sorted(p.name for p in path.iterdir() if not _is_own(p)) if path.is_dir() else []
+            if foreign or (path.exists() and not path.is_dir()):
+                what = f"holds {foreign[0]!r}, which is no part of a checkpoint" if foreign else "is a file"
+                raise CheckpointError(f"{path} {what}: allowed is a new folder, or a checkpoint's to replace")
+            temporary.mkdir()
+        try:
+            yield temporary
+            with _alone(path.parent):
+                for kept in (p for p in path.glob("*") if p.name in KEPT):
+                    shutil.copy2(kept, temporary)
+                try:
+                    if path.exists():
+                        path.rename(old)
+                    temporary.rename(path)
+                finally:
+                    if old.exists() and not path.exists():
+                        old.rename(path)
+        finally:
+            for leftover in (temporary, old):
+                shutil.rmtree(leftover, ignore_errors=True)
+    except CheckpointError:
+        raise
     except OSError as error:
-        raise CheckpointError(f"{path} can't be made ({error.strerror})") from error
-    temporary, old = (path.with_name(f".{path.name}.{os.getpid()}.{kind}") for kind in ("tmp", "old"))
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
+        raise CheckpointError(f"{path} can't be written ({error.strerror or error})") from error
+
+
+@contextmanager
+def _alone(parent: Path) -> Iterator[None]:
+    """Hold a lock on a folder, so that of two saves into it one swaps its folders after the other."""
+    handle = os.open(parent, os.O_RDONLY)
     try:
-        yield temporary
-        for kept in (p for p in path.glob("*") if p.name in KEPT):
-            shutil.copy2(kept, temporary)
-        if path.exists():
-            path.rename(old)
-        temporary.rename(path)
+        with suppress(OSError):  # some network disks have no such locks; then a race is an error, never a mixture
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
     finally:
-        if old.exists() and not path.exists():
-            old.rename(path)
-        for leftover in (temporary, old):
-            shutil.rmtree(leftover, ignore_errors=True)
+        os.close(handle)
+
+
+def _sweep(path: Path) -> None:
+    """Undo what saves to `path` left that were killed on this host: a folder moved away comes back, half ones go."""
+    pattern = re.compile(re.escape(f".{path.name}.") + r"(\d{1,7})@" + re.escape(_host()) + r"\.(tmp|old)")
+    for leftover, name in [(p, m) for p in path.parent.iterdir() if (m := pattern.fullmatch(p.name))]:
+        try:
+            if int(name[1]) == os.getpid():  # of a process before this one
+                raise ProcessLookupError
+            os.kill(int(name[1]), 0)
+        except ProcessLookupError:
+            if name[2] == "old" and not path.exists():
+                leftover.rename(path)
+            else:
+                shutil.rmtree(leftover, ignore_errors=True)
+        except PermissionError:  # it lives, and is another user's
+            continue
+
+
+def _host() -> str:
+    return os.uname().nodename
 
 
 def _is_own(entry: Path) -> bool:
@@ -90,34 +134,31 @@ def _network(model: nn.Module) -> TransformerWrapper:
 
 
 def save_pretrained(model: nn.Module, path: str | os.PathLike, tokenizer: Tokenizer | None = None,
-                    state: dict[str, Any] | None = None, max_shard_size: int = 5 * 10**9) -> None:
+                    state: dict[str, Any] | None = None, max_shard_size: int | float | str = 5 * 10**9) -> None:
     """Write a checkpoint folder, whole or not at all; wrappers are unwrapped, `state` goes to training/state.pt.
 
-    Weights of more than `max_shard_size` bytes become shards with an index. Raises `CheckpointError` for a folder that holds
-    something else than a checkpoint, and when the disk is full.
+    Weights of more than `max_shard_size` bytes (or "5GB", "500MiB") become shards with an index. generation_config.json is
+    the one that the model was loaded with; the ids in it, and in config.json, are the tokenizer's where there is one.
+    Raises `CheckpointError` for a folder that holds something else than a checkpoint or can't be written (a full disk, say),
+    `ConfigError` for another `max_shard_size`.
     """
-    network = _network(model)
+    network, room = _network(model), shard_bytes(max_shard_size)
     with atomic_folder(path) as folder:
         config, layout = hf.to_hf(network, tokenizer)
         write_atomically(folder / CONFIG, json.dumps(config, indent=2) + "\n")
         try:
-            written = save_weights(network, folder, layout, max_shard_size)
+            written = save_weights(network, folder, layout, room)
         except SafetensorError as error:  # its way to say that the disk is full
             raise CheckpointError(f"{path} can't be written ({error})") from error
         for file in written:
             file.chmod((folder / CONFIG).stat().st_mode)  # safetensors lets only the owner read
-        ends = {k: config[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id") if config.get(k) is not None}
-        if tokenizer is not None and (more := set(tokenizer.stop_ids) - {tokenizer.eos_id}):
-            ends["eos_token_id"] = [*([tokenizer.eos_id] if tokenizer.eos_id is not None else []), *sorted(more)]
-        write_atomically(folder / GENERATION, json.dumps(ends, indent=2) + "\n")
+        write_atomically(folder / GENERATION, json.dumps(hf.generation(network, tokenizer), indent=2) + "\n")
         if tokenizer is not None:
             tokenizer.save(folder)
         if state is not None:
             (folder / STATE).parent.mkdir()
-            try:
-                torch.save(state, folder / STATE)
-            except RuntimeError as error:  # torch's way
-                raise CheckpointError(f"{path} can't be written ({str(error).splitlines()[0]})") from error
+            with writing(folder / STATE), open(folder / STATE, "wb") as opened:  # of a path torch won't tell why it failed
+                torch.save(state, opened)
 
 
 def load_state(path: str | os.PathLike) -> dict[str, Any]:
@@ -125,7 +166,7 @@ def load_state(path: str | os.PathLike) -> dict[str, Any]:
     try:
         return torch.load(Path(path) / STATE, weights_only=True)
     except Exception as error:  # torch raises many kinds for a damaged file
-        raise CheckpointError(f"{path}: no usable training state ({str(error).splitlines()[0]})") from error
+        raise CheckpointError(f"{path}: no usable training state ({one_reason(error)})") from error
 
 
 class _NoDraws(TorchFunctionMode):
@@ -143,13 +184,22 @@ def load_pretrained(path: str | os.PathLike, dtype: str | torch.dtype | None = N
     `dtype` None keeps the file's; `revision` is a branch, tag or commit on the hub. Weights are safetensors, one file or
     shards; pickled ones only with `allow_pickle`, and then without running their code. The peak of memory is about one copy
     of the weights in `dtype`. Raises `CheckpointError` for a missing or damaged folder, tensors of another shape or kind,
-    missing or unknown ones, values that are not finite, an architecture that is not supported, and trouble with the hub.
+    missing or unknown ones, values that are not finite, an architecture that is not supported, and trouble with the hub;
+    `ConfigError` for a device that can't be used here.
     """
     wanted = hf.torch_dtype(dtype)
+    _check_device(device)
     model, layout, folder = outline(path, allow_pickle=allow_pickle, revision=revision)
     tokenizer = load_tokenizer(folder)  # before the weights: what is wrong with it is told at once
     load_weights(model, folder, layout, wanted, device, allow_pickle)
     return model.eval(), tokenizer
+
+
+def _check_device(device: str | torch.device | None) -> None:
+    try:
+        torch.zeros(1, device=device).item()
+    except Exception as error:  # torch raises many kinds
+        raise ConfigError(f"device is {device!r}, not usable here ({str(error).splitlines()[0]})") from error
 
 
 def outline(path: str | os.PathLike, *, allow_pickle: bool = False,
@@ -174,4 +224,7 @@ def outline(path: str | os.PathLike, *, allow_pickle: bool = False,
         raise CheckpointError(f"{folder / CONFIG}:{error.lineno}: no JSON ({error.msg})") from error
     except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RuntimeError) as error:
         raise CheckpointError(f"{folder / CONFIG}: missing or wrong field ({error})") from error
+    for name in TOKENIZER_FILES:
+        refuse_pointer(folder / name)
+    model.generation = {k: config[k] for k in hf.IDS if config.get(k) is not None} | read_json(folder / GENERATION)
     return model, layout, folder

@@ -1,10 +1,10 @@
 """The command line: `xalign COMMAND ...`; a user's mistake is one line on stderr and exit status 2."""
 
 import contextlib
-import itertools
+import io
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from xalign.errors import ConfigError, XalignError, nearest
@@ -16,18 +16,29 @@ def _dpo(arguments: Sequence[str], program: str) -> None:
     from xalign.config import DPOConfig, parse
 
     config = parse(DPOConfig, arguments, program)
-    from xalign.train import run_dpo
+    with _kept():
+        from xalign.train import run_dpo
 
-    run_dpo(config)
+        run_dpo(config)
 
 
 def _sft(arguments: Sequence[str], program: str) -> None:
     from xalign.config import SFTConfig, parse
 
     config = parse(SFTConfig, arguments, program)
-    from xalign.train import run_sft
+    with _kept():
+        from xalign.train import run_sft
 
-    run_sft(config)
+        run_sft(config)
+
+
+@contextlib.contextmanager
+def _kept() -> Iterator[None]:
+    """Say of a training that is interrupted (before its loop, which saves its state) that it is not lost."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("finished stages and checkpoints are kept, the same command goes on") from None
 
 
 def _generate(arguments: Sequence[str], program: str) -> None:
@@ -42,17 +53,40 @@ def _generate(arguments: Sequence[str], program: str) -> None:
 def _inspect(arguments: Sequence[str], program: str) -> None:
     from xalign.config import InspectConfig, parse
 
-    # the file needs no flag: it is what is neither a flag, nor a flag's value, nor a column's setting
-    before = ["", *arguments]
-    free = [not a.startswith("-") and "=" not in a and (not b.startswith("--") or "=" in b)
-            for a, b in zip(arguments, before, strict=False)]
-    if sum(free) > 1:
-        raise ConfigError(f"several files are given ({', '.join(itertools.compress(arguments, free))}), allowed is one")
-    arguments = [f"--dataset={a}" if is_file else a for a, is_file in zip(arguments, free, strict=True)]
-    config = parse(InspectConfig, arguments, program)
+    config = parse(InspectConfig, _file_as_flag(arguments), program)
     from xalign.inspection import run_inspect
 
     run_inspect(config)
+
+
+def _file_as_flag(arguments: Sequence[str]) -> list[str]:
+    """The file needs no flag: it is what is neither a flag, nor a flag's value. Raises `ConfigError` for several."""
+    from xalign.data.shapes import NAMES
+
+    files: list[str] = []
+    rest: list[str] = []
+    flag = ""  # the one whose values are being read
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        if argument.startswith("-"):
+            name = name.replace("_", "-")
+            flag = "" if equals or name in ("--print-config", "--help", "-h") else name
+            if name == "--dataset":
+                files += [value] if equals else []
+            else:
+                rest.append(argument)
+            continue
+        # a setting is told from a file such as lang=en/x.parquet by its name, and by its place where that is mistaken
+        setting = equals and (name in NAMES or (name.isidentifier() and not any(c in value for c in "./:")))
+        if flag not in ("", "--dataset") and (flag != "--columns" or rest[-1] == flag or setting):
+            rest.append(argument)
+            flag = flag if flag == "--columns" else ""
+        else:
+            files.append(argument)
+            flag = ""
+    if len(files) > 1:
+        raise ConfigError(f"several files are given ({', '.join(files)}), allowed is one")
+    return [*(f"--dataset={file}" for file in files), *(["--dataset"] if flag == "--dataset" else []), *rest]
 
 
 COMMANDS: dict[str, tuple[Callable[[Sequence[str], str], None], str]] = {
@@ -91,8 +125,8 @@ def _status(function: Callable[..., Any], *arguments: Any) -> int:
     except XalignError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return error.exit_status
-    except KeyboardInterrupt:
-        print("stopped; finished stages and checkpoints are kept, the same command goes on", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print("; ".join(["stopped", *map(str, stop.args)]), file=sys.stderr)
         return 130
     except BrokenPipeError:
         sys.stderr.close()  # the reader of our output has gone, there is nobody to tell
@@ -105,6 +139,9 @@ def _status(function: Callable[..., Any], *arguments: Any) -> int:
 def main(arguments: Sequence[str] | None = None, command: str | None = None) -> None:
     """Run a command; the scripts at the top of the repository name theirs, `xalign` takes the first argument."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal that can't show a character is told which it is
+            stream.reconfigure(errors="backslashreplace")
     if command is not None:
         return guarded(COMMANDS[command][0], arguments, sys.argv[0].rsplit("/", 1)[-1])
     if not arguments or arguments[0] in ("-h", "--help"):

@@ -11,6 +11,7 @@ from xalign.config import GenerateConfig, PromptOptions
 from xalign.data.records import Message, Text
 from xalign.data.sources import read_prompts
 from xalign.errors import ConfigError, DataError
+from xalign.prepare import say
 from xalign.stages import choose_device, load_model, prompt_text
 
 
@@ -18,9 +19,11 @@ def run_generate(config: GenerateConfig) -> None:
     """Continue each prompt; text as it comes for one prompt, else completions in the prompts' order."""
     options, draw = config.prompt, config.sampling
     params = SamplingParams(**{name: getattr(draw, name) for name in SamplingParams.__dataclass_fields__})
-    prompts = [as_prompt(p, options) for p in gather(options)]
+    prompts = [as_prompt(p, options, f"prompt {i}") for i, p in enumerate(gather(options), 1)]
     model, tokenizer = load_model(options.model, draw.dtype, choose_device(draw.device), allow_pickle=options.allow_pickle,
                                   revision=options.revision)
+    if not tokenizer.chat_template and not all(isinstance(prompt, str) for prompt in prompts):
+        say(f"{options.model} has no chat template: xalign's own is used")
     backend = NativeBackend(model, tokenizer, draw.batch_size)
     if len(prompts) == 1 and params.n == params.beams == 1 and not options.json:
         for piece in backend.stream(prompts[0], params):
@@ -54,11 +57,15 @@ def gather(options: PromptOptions) -> Iterator[Text]:
             raise DataError(f"standard input is not UTF-8 ({error.reason} at byte {error.start})") from None
 
 
-def as_prompt(prompt: Text, options: PromptOptions) -> Text:
-    """With --chat a text becomes a user's turn, behind the --system turn where there is one."""
+def as_prompt(prompt: Text, options: PromptOptions, where: str) -> Text:
+    """With --chat a text becomes a user's turn, behind the --system turn where there is one; `where` begins an error."""
     if not options.chat:
         if options.system is not None:
             raise ConfigError("--system goes with --chat")
         return prompt
     turns = (Message("user", prompt),) if isinstance(prompt, str) else prompt
-    return ((Message("system", options.system),) if options.system else ()) + turns
+    if options.system is None:
+        return turns
+    if turns and turns[0].role == "system":
+        raise ConfigError(f"{where} begins with a system turn and --system is given, allowed is one of them")
+    return (Message("system", options.system), *turns)

@@ -21,16 +21,20 @@ from xalign.errors import ConfigError, nearest
 
 C = TypeVar("C")
 FREE = ("--prompt", "--system")  # flags whose value is any text
+COUNT = 2**31 - 1  # no count is larger: larger ones overflow in torch or in a file's 32 bits
 # the least and the largest value of a setting; those of the loss and of the draws are told by their own modules
 LIMITS: dict[str, tuple[float, float]] = {
-    **dict.fromkeys(("dim", "depth", "heads", "kv_heads", "vocab_size", "batch_size", "sft_batch_size",
-                     "gradient_accumulation_steps", "eval_prompts", "eval_samples", "eval_max_new_tokens",
-                     "limit"), (1, math.inf)),
-    **dict.fromkeys(("learning_rate", "sft_learning_rate", "num_train_epochs", "sft_epochs"), (1e-12, math.inf)),
-    **dict.fromkeys(("warmup_steps", "sft_warmup_steps", "weight_decay", "max_grad_norm", "logging_steps", "eval_steps",
-                     "save_steps", "seed"), (0, math.inf)),
-    "dataset_weights": (0, 1000),
-    "max_length": (2, math.inf), "max_seq_len": (2, math.inf), "dropout": (0, 0.999), "max_steps": (-1, math.inf),
+    **dict.fromkeys(("batch_size", "sft_batch_size", "gradient_accumulation_steps", "eval_prompts", "limit"), (1, COUNT)),
+    **dict.fromkeys(("eval_samples", "eval_max_new_tokens", "n", "top_k", "beams"), (1, 10**6)),
+    **dict.fromkeys(("dim", "heads", "kv_heads"), (1, 2**20)), "depth": (1, 10_000), "vocab_size": (1, 2**24),
+    **dict.fromkeys(("learning_rate", "sft_learning_rate"), (1e-12, 1e12)),
+    **dict.fromkeys(("num_train_epochs", "sft_epochs"), (1e-12, COUNT)),
+    **dict.fromkeys(("warmup_steps", "sft_warmup_steps", "logging_steps", "eval_steps", "save_steps"), (0, COUNT)),
+    "max_new_tokens": (0, 10**6),
+    **dict.fromkeys(("weight_decay", "max_grad_norm"), (0, 1e12)),
+    **dict.fromkeys(("adam_beta1", "adam_beta2"), (0, math.nextafter(1, 0))), "adam_epsilon": (1e-20, 1),
+    "dataset_weights": (0, 1000), "seed": (0, 2**63 - 1),
+    "max_length": (2, COUNT), "max_seq_len": (2, COUNT), "dropout": (0, 0.999), "max_steps": (-1, COUNT),
 }
 
 
@@ -88,13 +92,17 @@ class PreferenceDataOptions:
     sft_dataset: str | None = None
     """Text to imitate before alignment; none: the toy world's corpus, or the chosen side of the pairs."""
     columns: tuple[str, ...] = ()
-    """Names of the files' columns where they differ from ours: chosen=better rejected=worse."""
+    """Names of the files' columns where they differ from ours: chosen=better rejected=worse. A file that has none of
+    them, where another has, is read under ours."""
     max_length: int = 512
-    """Tokens of prompt and completion together."""
+    """Tokens of prompt and completion together (records of over 1,000,000 characters are dropped before)."""
     truncation_mode: Literal["keep_end", "keep_start"] = "keep_end"
-    """Which part of a prompt that is too long stays; both sides of a pair keep the same one."""
+    """Which part of a prompt that is too long stays; both sides of a pair keep the same one. A chat turn that keep_end
+    cuts loses its role."""
     identical: Literal["drop", "keep"] = "drop"
     """Pairs whose two sides are the same text (counted in any case)."""
+    empty: Literal["error", "drop"] = "error"
+    """Records with an empty reply; HH-RLHF's are always dropped (and counted)."""
 
 
 @dataclass(frozen=True)
@@ -128,11 +136,18 @@ class TrainingOptions:
     max_steps: int = -1
     """Optimizer steps; -1: as the epochs give."""
     warmup_steps: int = 10
-    """Steps of linear warmup."""
+    """Steps of linear warmup; the n-th takes n / (warmup_steps + 1) of the rate (transformers: (n - 1) / warmup_steps,
+    so that its first step changes nothing)."""
     lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
     """Schedule after the warmup."""
     weight_decay: float = 0.0
     """Decay of matrices."""
+    adam_beta1: float = 0.9
+    """AdamW's memory of gradients, in [0, 1); this and the next two are the imitation stage's too."""
+    adam_beta2: float = 0.95
+    """AdamW's memory of their squares, in [0, 1); trl's default is 0.999."""
+    adam_epsilon: float = 1e-8
+    """What AdamW adds to the denominator."""
     max_grad_norm: float = 1.0
     """Gradients are clipped to this norm; 0: never."""
     bf16: bool = False
@@ -208,11 +223,15 @@ class SFTDataOptions:
     eval_dataset: str | None = None
     """Held-out file, its first 5,000 examples at most; none: a seeded twentieth of the data."""
     columns: tuple[str, ...] = ()
-    """Names of the files' columns where they differ from ours: prompt=question completion=answer."""
+    """Names of the files' columns where they differ from ours: prompt=question completion=answer. A file that has none of
+    them, where another has, is read under ours."""
     max_length: int = 512
-    """Tokens a record."""
+    """Tokens a record (those of over 1,000,000 characters are dropped before, documents as well)."""
     truncation_mode: Literal["keep_end", "keep_start"] = "keep_start"
-    """Which part of a record that is too long stays; plain documents are split instead."""
+    """Which part of a record that is too long stays; plain documents are split instead. A chat turn that keep_end cuts
+    loses its role."""
+    empty: Literal["error", "drop"] = "error"
+    """Records with an empty reply; HH-RLHF's are always dropped."""
 
 
 @dataclass(frozen=True)
@@ -284,6 +303,8 @@ class InspectOptions:
     """Show what truncation to so many tokens would cut and drop."""
     truncation_mode: Literal["keep_end", "keep_start"] | None = None
     """Which part of a record that is too long stays; none: as the training programs do by default."""
+    empty: Literal["error", "drop"] = "error"
+    """Records with an empty reply, as in the training programs."""
     color: Literal["auto", "always", "never"] = "auto"
     """Colours; auto: on a terminal, unless NO_COLOR is set."""
 
@@ -313,7 +334,7 @@ def parse(kind: type[C], arguments: Sequence[str], program: str, short: dict[str
     arguments = _normal(arguments, short or {}, known)
     print_config = "--print-config" in arguments
     arguments = [a for a in arguments if a != "--print-config"]
-    arguments = _config_file(arguments, known)
+    arguments, origin = _config_file(arguments, known)
     switches = {name for name, value in known.items() if isinstance(value, bool)}
     for argument in arguments:
         name = argument.removeprefix("--").split("=")[0].replace("-", "_")
@@ -329,25 +350,30 @@ def parse(kind: type[C], arguments: Sequence[str], program: str, short: dict[str
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
-        raise ConfigError(re.sub(r"^Error parsing \w+: ", "", _one_line(refused.getvalue()))) from None
+        message = re.sub(r"^Error parsing (\w+: )?", "", _one_line(refused.getvalue()))
+        named = re.search(r"--[\w-]+", message)
+        raise ConfigError(f"{origin.get(named[0], '') if named else ''}{message}") from None
     for name, value in flatten(config).items():
-        _check("--" + name.replace("_", "-"), value, LIMITS.get(name))
+        flag = "--" + name.replace("_", "-")
+        _check(flag, value, LIMITS.get(name), origin.get(flag, ""))
     if print_config:
         print(json.dumps(flatten(config), indent=2))
         sys.exit(0)
     return config
 
 
-def _check(flag: str, value: Any, limits: tuple[float, float] | None) -> None:
+def _check(flag: str, value: Any, limits: tuple[float, float] | None, origin: str) -> None:
     for one in value if isinstance(value, tuple) else (value,):
         if isinstance(one, str) and ("\0" in one or one != one.encode("utf-8", "replace").decode()):
-            raise ConfigError(f"{flag} holds a character that no text has ({one!a})")
+            raise ConfigError(f"{origin}{flag} holds a character that no text has ({one!a})")
+        if one == "" and flag not in (*FREE, "--stop"):  # of which SamplingParams tells
+            raise ConfigError(f"{origin}{flag} is empty, allowed is a path or a name")
         low, high = (-math.inf, math.inf) if limits is None else limits
         if isinstance(one, int | float) and not (low <= one <= high and math.isfinite(one)):
             bounds = f" >= {low}" * (low > -math.inf) + f" and <= {high}" * (high < math.inf)
-            raise ConfigError(f"{flag} is {one}, allowed is a finite number{bounds}")
+            raise ConfigError(f"{origin}{flag} is {one}, allowed is a finite number{bounds}")
     if flag == "--max-steps" and value == 0:
-        raise ConfigError("--max-steps is 0, allowed is -1 (as the epochs give) or at least 1")
+        raise ConfigError(f"{origin}--max-steps is 0, allowed is -1 (as the epochs give) or at least 1")
 
 
 def _description(kind: type) -> str:
@@ -376,8 +402,12 @@ def _normal(arguments: Sequence[str], short: dict[str, str], known: dict[str, An
     return normal
 
 
-def _config_file(arguments: list[str], known: dict[str, Any]) -> list[str]:
-    """Replace `--config FILE` by the flags that its settings are, in front, so that the command line's own win."""
+def _config_file(arguments: list[str], known: dict[str, Any]) -> tuple[list[str], dict[str, str]]:
+    """Replace `--config FILE` by the flags that its settings are, in front, so that the command line's own win.
+
+    Gives also what to say in front of a message about one of these flags: where it comes from.
+    """
+    origin: dict[str, str] = {}
     rest: list[str] = []
     flags: list[str] = []
     pending = iter(arguments)
@@ -406,9 +436,12 @@ def _config_file(arguments: list[str], known: dict[str, Any]) -> list[str]:
                 raise ConfigError(f"--config {file}: {name} is {json.dumps(setting)}, allowed is {allowed}")
             if isinstance(setting, dict | list) and not (isinstance(known[name], tuple) and isinstance(setting, list)):
                 raise ConfigError(f"--config {file}: {name} is {json.dumps(setting)}, allowed is a single value")
-            flags += _as_flags("--" + name.replace("_", "-"), setting)
+            flag = "--" + name.replace("_", "-")
+            flags += _as_flags(flag, setting)
+            origin[flag] = f"--config {file}: "
     given = {argument.partition("=")[0] for argument in rest}
-    return [f for f in flags if f.partition("=")[0] not in given] + rest
+    origin = {flag: where for flag, where in origin.items() if flag not in given}
+    return [f for f in flags if f.partition("=")[0] not in given] + rest, origin
 
 
 def _as_flags(flag: str, setting: Any) -> list[str]:

@@ -21,6 +21,9 @@ from xalign.families import Layout, layout
 from xalign.nn.rotary import ROPE_TYPES
 from xalign.nn.transformer import Decoder, TransformerWrapper
 
+IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+FLOAT_NAMES = "float32, bfloat16 or float16 (or float64, to compare with)"
 Fields = dict[str, Any]
 Options = tuple[Fields, Fields]  # of TransformerWrapper, of Decoder
 
@@ -73,6 +76,12 @@ class Config:
             raise self.wrong(key, value, "a whole number >= 1")
         return value
 
+    def number(self, key: str, default: float) -> float:
+        value = default if self.get(key) is None else self.get(key)
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            raise self.wrong(key, value, "a number")
+        return value
+
     def flag(self, key: str, default: bool = False) -> bool:
         value = self.get(key, default)
         if value not in (True, False, None):
@@ -81,7 +90,7 @@ class Config:
 
     def activation(self, key: str, default: str) -> Fields:
         name = self.get(key, default)
-        if name not in _ACTIVATIONS:
+        if not isinstance(name, str) or name not in _ACTIVATIONS:
             raise self.wrong(key, name, ", ".join(_ACTIVATIONS))
         return {"ff_swish": False, "ff_gelu_tanh": False} | _ACTIVATIONS[name]
 
@@ -103,13 +112,21 @@ class Config:
                "partial_rotary_factor": "partial_rotary_factor"}
         said = [(name, self.get(key)) for key, name in top.items()]
         for spelling in ("rope_scaling", "rope_parameters"):
-            said += [("rope_type" if key == "type" else key, value) for key, value in (self.get(spelling) or {}).items()]
+            its = self.get(spelling) or {}
+            if not isinstance(its, dict):
+                raise self.wrong(spelling, its, 'null or an object: {"rope_type": "linear", "factor": 2.0}')
+            said += [("rope_type" if key == "type" else key, value) for key, value in its.items()]
         for key, value in said:
             if value is not None and found.setdefault(key, value) != value:
                 raise CheckpointError(f"{self.where}: {key} is {found[key]!r} in one place and {value!r} in another, "
                                       "allowed is one value")
         kind, base = found.pop("rope_type", "default"), found.pop("rope_theta", 10000.0)
         part = found.pop("partial_rotary_factor", part)
+        for key, value in (("rope_theta", base), ("partial_rotary_factor", part)):
+            if not isinstance(value, int | float) or isinstance(value, bool):
+                raise self.wrong(key, value, "a number")
+        if not isinstance(kind, str):
+            raise self.wrong("rope_type", kind, f"default, {', '.join(ROPE_TYPES)}")
         found.pop("finetuned", None)  # a remark of yarn's authors
         options: Fields = {"rotary_pos_emb": True, "rotary_base": float(base), "rotary_scaling": None}
         if kind == "default":
@@ -138,6 +155,9 @@ class Config:
             free = window is not None  # the layers' own kinds decide
         rule = ["sliding_attention" if window is not None and i >= first else "full_attention" for i in range(depth)]
         listed = self.get("layer_types")
+        if listed is not None and (not isinstance(listed, list) or len(listed) != depth):
+            said = f"a list of {len(listed)} kinds" if isinstance(listed, list) else listed
+            raise self.wrong("layer_types", said, f"a list of num_hidden_layers = {depth} kinds")
         kinds, allowed = set(listed or rule), {"full_attention", "sliding_attention"} if free else {rule[0]}
         if kinds - allowed:
             raise self.wrong("layer_types", listed, f"{' or '.join(sorted(allowed))} where sliding_window is {window!r}")
@@ -175,9 +195,9 @@ def _read_llama(config: Config) -> Options:
             "tie_embedding": config.flag("tie_word_embeddings")}, {
         "dim": dim, "depth": config.whole("num_hidden_layers"), "heads": heads,
         "attn_dim_head": config.whole("head_dim", 128 if family == "qwen3" else dim // heads),
-        "attn_kv_heads": config.whole("num_key_value_heads", kv_heads), "attn_dropout": config.get("attention_dropout") or 0.0,
+        "attn_kv_heads": config.whole("num_key_value_heads", kv_heads), "attn_dropout": config.number("attention_dropout", 0.0),
         "attn_qkv_bias": bias, "attn_out_bias": bias and family != "qwen2", "attn_qk_norm": family == "qwen3",
-        "attn_sliding_window": config.window(), **rope, "use_rmsnorm": True, "norm_eps": config.get("rms_norm_eps", 1e-6),
+        "attn_sliding_window": config.window(), **rope, "use_rmsnorm": True, "norm_eps": config.number("rms_norm_eps", 1e-6),
         "ff_inner_dim": config.whole("intermediate_size"), "ff_glu": True, **config.activation("hidden_act", "silu"),
         "ff_no_bias": not config.flag("mlp_bias")}
 
@@ -210,7 +230,7 @@ def _read_gpt2(config: Config) -> Options:
     return {"num_tokens": config.whole("vocab_size"), "max_seq_len": config.whole("n_positions", 1024), "use_abs_pos_emb": True,
             "tie_embedding": config.flag("tie_word_embeddings", True)}, {
         "dim": dim, "depth": config.whole("n_layer"), "heads": heads, "attn_dim_head": dim // heads,
-        "attn_qkv_bias": True, "attn_out_bias": True, "norm_eps": config.get("layer_norm_epsilon", 1e-5),
+        "attn_qkv_bias": True, "attn_out_bias": True, "norm_eps": config.number("layer_norm_epsilon", 1e-5),
         "ff_inner_dim": config.whole("n_inner", 4 * dim), **config.activation("activation_function", "gelu_new")}
 
 
@@ -228,8 +248,8 @@ def _read_neox(config: Config) -> Options:
     return {"num_tokens": config.whole("vocab_size"), "max_seq_len": length,
             "tie_embedding": config.flag("tie_word_embeddings")}, {
         "dim": dim, "depth": config.whole("num_hidden_layers"), "heads": heads, "attn_dim_head": dim // heads,
-        "attn_qkv_bias": bias, "attn_out_bias": bias, "attn_dropout": config.get("attention_dropout") or 0.0,
-        **rope, "rotary_dim": int(dim // heads * part), "norm_eps": config.get("layer_norm_eps", 1e-5),
+        "attn_qkv_bias": bias, "attn_out_bias": bias, "attn_dropout": config.number("attention_dropout", 0.0),
+        **rope, "rotary_dim": int(dim // heads * part), "norm_eps": config.number("layer_norm_eps", 1e-5),
         "ff_inner_dim": config.whole("intermediate_size"), **config.activation("hidden_act", "gelu"),
         "parallel_residual": config.flag("use_parallel_residual", True)}
 
@@ -281,14 +301,25 @@ def _function(outer: Fields, inner: Fields) -> Fields:
     return f
 
 
+def generation(model: TransformerWrapper, tokenizer: Any = None) -> Fields:
+    """The generation_config.json of a model's folder: what it came with, and the tokenizer's ids where it has them."""
+    fields = dict(model.generation)
+    if tokenizer is not None:
+        ids = {k: getattr(tokenizer, k.replace("token_", "")) for k in IDS}
+        if more := set(getattr(tokenizer, "stop_ids", ())) - {tokenizer.eos_id}:
+            ids["eos_token_id"] = [*([tokenizer.eos_id] if tokenizer.eos_id is not None else []), *sorted(more)]
+        fields |= {k: v for k, v in ids.items() if v is not None}
+    return {k: v for k, v in fields.items() if k not in IDS or v is not None}
+
+
 def to_hf(model: TransformerWrapper, tokenizer: Any = None) -> tuple[Fields, Layout]:
     """The config.json of a model's folder and the layout of its tensors, of the first family that fits.
 
     A family fits if what it reads from the fields that it writes is the model's own function.
     """
     dtype = str(model.token_emb.weight.dtype).removeprefix("torch.")
-    ids = {k: getattr(tokenizer, k.replace("token_", ""), None) for k in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    shared: Fields = {"vocab_size": model.num_tokens, "torch_dtype": dtype, "dtype": dtype, **ids}
+    drawing = generation(model, tokenizer)
+    shared: Fields = {"vocab_size": model.num_tokens, "torch_dtype": dtype, "dtype": dtype, **{k: drawing.get(k) for k in IDS}}
     outer, inner = model.config, model.attn_layers.config
     for name, family in FAMILIES.items():
         fields = family.write(model, name)
@@ -332,9 +363,7 @@ def from_hf(config: Fields, where: str) -> tuple[TransformerWrapper, Layout]:
 def torch_dtype(name: str | torch.dtype | None) -> torch.dtype | None:
     """A dtype by torch's name ('bfloat16'), one of the short names, or None."""
     short = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-    if name is None or isinstance(name, torch.dtype):
-        return name
-    dtype = getattr(torch, short.get(name, name), None)
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise CheckpointError(f"dtype is {name!r}, allowed is float32, bfloat16 or float16")
+    dtype = getattr(torch, short.get(name, name), None) if isinstance(name, str) else name
+    if name is not None and dtype not in FLOATS:
+        raise CheckpointError(f"dtype is {name!r}, allowed is {FLOAT_NAMES}")
     return dtype

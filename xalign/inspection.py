@@ -2,7 +2,8 @@
 
 The file is streamed. In memory stay numbers: of every record its lengths, three hashes and its place (about 64 bytes,
 and as much again while they are summed up).
-A bad record, which would stop training, is counted and shown here, and the others are looked at all the same.
+A bad record, which would stop training, is counted and shown here, and the others are looked at all the same. The first
+record says of what kind a file is; one of another kind that only `xalign sft` reads is told apart from a bad one.
 """
 
 import array
@@ -20,18 +21,8 @@ from xalign.config import InspectConfig
 from xalign.data.chat_template import render_prompt
 from xalign.data.files import Path
 from xalign.data.records import Example, Labelled, PreferencePair, Text
-from xalign.data.sources import (
-    NAMES,
-    ReadReport,
-    Record,
-    column_names,
-    iter_records,
-    shape_of,
-    to_example,
-    to_labelled,
-    to_pair,
-    to_prompt,
-)
+from xalign.data.shapes import NAMES, Empty, ReadReport, Record, shape_of, to_example, to_labelled, to_pair, to_prompt
+from xalign.data.sources import column_names, iter_records
 from xalign.display import Paint, excerpt, histogram, show_text, show_tokens, table, visible
 from xalign.errors import ConfigError, DataError
 from xalign.tokenizers import Tokenizer, load_tokenizer
@@ -59,6 +50,8 @@ class Inspection:
     report: ReadReport = field(default_factory=ReadReport)
     bad: ReadReport = field(default_factory=ReadReport)
     """Records that training would refuse, by what is wrong."""
+    mixed: ReadReport = field(default_factory=ReadReport)
+    """Records of another kind, which `xalign sft` reads, but not what the file's kind is for."""
     roles: Counter[str] = field(default_factory=Counter)
     turns: Counter[int] = field(default_factory=Counter)
     """Records by their number of messages; plain text has 0."""
@@ -85,11 +78,11 @@ class Inspector:
     """Takes records one by one and keeps count in an `Inspection`."""
 
     def __init__(self, path: Path, tokenizer: Tokenizer | None = None, max_length: int | None = None,
-                 mode: Literal["keep_end", "keep_start"] | None = None):
+                 mode: Literal["keep_end", "keep_start"] | None = None, empty: Empty = "error"):
         if max_length is not None and tokenizer is None:
             raise ConfigError(f"--max-length {max_length} counts tokens: it needs --tokenizer FOLDER")
         self.found = Inspection(str(path), unit="tokens" if tokenizer else "characters", max_length=max_length)
-        self.tokenizer, self.mode = tokenizer, mode
+        self.tokenizer, self.mode, self.empty = tokenizer, mode, empty
 
     def add(self, record: Record, where: str) -> None:
         """Count one raw record."""
@@ -103,14 +96,12 @@ class Inspector:
             if not found.shapes:
                 found.kind = kind
             found.shapes[shape] += 1
-            item = self._read(record, where)
+            item = self._read(record, where, kind, shape)
             if item is None:
                 return
             parts, sides = self._encoded(item, self.tokenizer) if self.tokenizer else (_characters(item), [])
         except DataError as error:
-            message = str(error).removeprefix(f"{where}: ")
-            found.bad.count(message if len(found.bad.flaws) < 100 else "other mistakes", where)
-            return
+            return self._bad(where, error)
         if found.example is None and (sides or self.tokenizer is None):
             found.example = item, sides
         found.report.kept += 1
@@ -118,14 +109,29 @@ class Inspector:
             found.lengths.setdefault(name, array.array("q")).append(length)
         self._count(item, where)
 
-    def _read(self, record: Record, where: str) -> Item | None:
-        report, kind = self.found.report, self.found.kind
+    def add_bad(self, where: str, error: DataError) -> None:
+        """Count one record that could not be read at all."""
+        self.found.report.records += 1
+        self._bad(where, error)
+
+    def _bad(self, where: str, error: DataError) -> None:
+        bad, message = self.found.bad, str(error).removeprefix(f"{where}: ")
+        bad.count(message if len(bad.flaws) < 100 else "other mistakes", where)
+
+    def _read(self, record: Record, where: str, own: Kind, shape: str) -> Item | None:
+        """The record as the file's kind is read, or, where its own is another that only sft reads, None."""
+        report, kind, empty = self.found.report, self.found.kind, self.empty
+        if (kind == "pairs" and own in ("labelled", "examples")) or (kind == "labelled" and own == "examples"):
+            to_example(record, where, report, True, empty)
+            stops = "xalign dpo stops at it" if kind == "pairs" else "it has no label"
+            self.found.mixed.count(f"of another kind, {shape}: xalign sft reads it, {stops}", where)
+            return None
         if kind == "pairs":
-            return to_pair(record, where, report)
+            return to_pair(record, where, report, empty=empty)
         if kind == "labelled":
-            labelled = to_labelled(record, where, report)
+            labelled = to_labelled(record, where, report, empty=empty)
             return labelled[0] if labelled else None
-        return to_example(record, where, report, True) if kind == "examples" else to_prompt(record, where, report)
+        return to_example(record, where, report, True, empty) if kind == "examples" else to_prompt(record, where, report)
 
     def _count(self, item: Item, where: str) -> None:
         """Roles, turns, margins, and the hashes by which records are the same."""
@@ -163,12 +169,13 @@ class Inspector:
             return parts, [(name, cut.prompt + side, [False] * len(cut.prompt) + [True] * len(side))  # type: ignore[union-attr]
                            for name, side in both]
         if isinstance(item, Example | Labelled):
-            example = collate.encode_example(Example(item.prompt, item.completion, item.where), tokenizer)
-            scored = sum(example.loss_mask)
-            parts = {"scored": scored, "whole record": example.length}
+            turns = collate.encode_turns(Example(item.prompt, item.completion, item.where), tokenizer)
+            scored, whole = sum(sum(turn.loss_mask) for turn in turns), sum(turn.length for turn in turns)
+            parts = {"scored": scored, "whole record": whole}
             if isinstance(item, Labelled):
-                parts = {"prompt": example.length - scored, _label(item): scored, "whole record": example.length}
-            cuts = collate.truncate_example(example, limit, self.mode or "keep_start", found.truncation)
+                parts = {"prompt": whole - scored, _label(item): scored, "whole record": whole}
+            cuts = [cut for turn in turns
+                    for cut in collate.truncate_example(turn, limit, self.mode or "keep_start", found.truncation)]
             name = _label(item) if isinstance(item, Labelled) else ""
             return parts, [(name, one.ids, one.loss_mask) for one in cuts[:1]]
         ids = render_prompt(tokenizer, item).ids
@@ -180,13 +187,14 @@ class Inspector:
 
 def inspect(path: Path, *, columns: Mapping[str, str] | None = None, tokenizer: Tokenizer | None = None,
             max_length: int | None = None, mode: Literal["keep_end", "keep_start"] | None = None,
-            limit: int | None = None, progress: bool = False) -> tuple[Inspection, DataError | None]:
-    """Look at a file's records, at most `limit`; also gives the error that ended the reading, if one did.
+            empty: Empty = "error", limit: int | None = None, progress: bool = False) -> tuple[Inspection, DataError | None]:
+    """Look at a file's records, at most `limit` sound ones; also gives the error that ended the reading, if one did.
 
-    `mode` is how records over `max_length` tokens are cut; None: as each program does by default.
+    `empty` says what training does with empty replies, `mode` how records over `max_length` tokens are cut; None: as each
+    program does by default.
     """
-    inspector = Inspector(path, tokenizer, max_length, mode)
-    records = itertools.islice(iter_records(path, columns), limit)
+    inspector = Inspector(path, tokenizer, max_length, mode, empty)
+    records = itertools.islice(iter_records(path, columns, inspector.add_bad), limit)
     try:
         for where, record in tqdm(records, unit=" records", delay=10, disable=not progress, leave=False):
             inspector.add(record, where)
@@ -229,7 +237,8 @@ def run_inspect(config: InspectConfig) -> None:
     if options.tokenizer is not None and (tokenizer := load_tokenizer(options.tokenizer)) is None:
         raise ConfigError(f"--tokenizer {options.tokenizer}: the folder holds no tokenizer")
     found, error = inspect(options.dataset, columns=column_names(options.columns), tokenizer=tokenizer,
-                           max_length=options.max_length, mode=options.truncation_mode, limit=options.limit, progress=True)
+                           max_length=options.max_length, mode=options.truncation_mode, empty=options.empty,
+                           limit=options.limit, progress=True)
     if found.report.records:
         for line in describe(found, Paint(options.color), tokenizer):
             print(line)
@@ -252,7 +261,7 @@ def describe(found: Inspection, paint: Paint, tokenizer: Tokenizer | None = None
     yield row(found.kind, visible(found.path))
     yield row("format", "; ".join(shapes), *["yellow"] * (len(shapes) > 1))
     yield row("records", f"{total:,} read, {report.kept:,} kept")
-    for flaws, style in ((report, "yellow"), (found.bad, "red")):
+    for flaws, style in ((report, "yellow"), (found.mixed, "yellow"), (found.bad, "red")):
         shown = sorted(flaws.flaws.items(), key=lambda entry: -entry[1])
         for flaw, count in shown[:10]:
             bad = "bad, training stops: " if flaws is found.bad else ""

@@ -11,14 +11,14 @@ SCHEDULES = ("cosine", "linear", "constant")
 
 
 def adamw(module: nn.Module, learning_rate: float, weight_decay: float = 0.0,
-          betas: tuple[float, float] = (0.9, 0.95)) -> torch.optim.AdamW:
+          betas: tuple[float, float] = (0.9, 0.95), epsilon: float = 1e-8) -> torch.optim.AdamW:
     """AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101); matrices decay, embeddings, norms and biases do not."""
     free = {p for m in module.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     trained = [p for p in module.parameters() if p.requires_grad]
     decays = [p for p in trained if p.ndim >= 2 and p not in free]
     rest = [p for p in trained if p.ndim < 2 or p in free]
     groups = [{"params": decays, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=learning_rate, betas=betas, fused=True)
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=learning_rate, betas=betas, eps=epsilon, fused=True)
 
 
 def schedule(step: int, *, total: int, warmup: int, kind: str) -> float:

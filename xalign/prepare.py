@@ -27,16 +27,17 @@ from xalign.data.collate import (
     EncodedPair,
     TruncationMode,
     TruncationReport,
-    encode_example,
     encode_pair,
+    encode_turns,
     mixture,
     truncate_example,
     truncate_pair,
 )
 from xalign.data.records import Example, PreferencePair
-from xalign.data.sources import ReadReport, column_names, iter_examples, iter_pairs, pair_to_example
+from xalign.data.shapes import ReadReport, pair_to_example
+from xalign.data.sources import columns_by_file, iter_examples, iter_pairs
 from xalign.data.store import Store, open_store, write_store
-from xalign.errors import ConfigError, DataError
+from xalign.errors import ConfigError, DataError, writing
 from xalign.tokenizers import Tokenizer
 
 T = TypeVar("T", PreferencePair, Example)
@@ -62,12 +63,13 @@ class Split(Generic[T]):
 
 def preference_data(options: PreferenceDataOptions, seed: int) -> tuple[Split[PreferencePair], Source[Example]]:
     """Training and held-out pairs, and the examples to imitate before alignment; all files are read and checked once."""
-    columns = column_names(options.columns)
     train_file = options.dataset or str(EMBEDDED / "train.jsonl")
     eval_file = options.eval_dataset or (None if options.dataset else str(EMBEDDED / "test.jsonl"))
+    files = [file for file in (train_file, eval_file, options.sft_dataset) if file]
+    columns = distributed.once(lambda: columns_by_file(options.columns, files))
 
     def read(file: str, report: ReadReport | None = None) -> Iterator[PreferencePair]:
-        return iter_pairs(file, identical=options.identical, columns=columns, report=report)
+        return iter_pairs(file, identical=options.identical, empty=options.empty, columns=columns[file], report=report)
 
     def key(pair: PreferencePair) -> int:
         return key_hash(str(pair.prompt or (pair.chosen, pair.rejected)), seed)
@@ -90,7 +92,8 @@ def preference_data(options: PreferenceDataOptions, seed: int) -> tuple[Split[Pr
 
     def examples() -> Iterator[Example]:
         if options.sft_dataset:
-            return iter_examples(options.sft_dataset, every_turn=True, columns=columns)
+            return iter_examples(options.sft_dataset, every_turn=True, empty=options.empty,
+                                 columns=columns[options.sft_dataset])
         if options.dataset:
             return (pair_to_example(pair, every_turn=True) for pair in train())
         # prompts of the toy world are drawn at random, so learning them by heart would only take room
@@ -106,7 +109,11 @@ def example_data(options: SFTDataOptions, seed: int) -> Split[Example]:
     weights = options.dataset_weights or (1.0,) * len(files)
     if len(weights) != len(files):
         raise ConfigError(f"--dataset-weights has {len(weights)} numbers for {len(files)} files, allowed is one each")
-    read = partial(iter_examples, every_turn=True, columns=column_names(options.columns))
+    wanted = [*files, *([options.eval_dataset] if options.eval_dataset else [])]
+    columns = distributed.once(lambda: columns_by_file(options.columns, wanted))
+
+    def read(file: str, report: ReadReport | None = None) -> Iterator[Example]:
+        return iter_examples(file, every_turn=True, empty=options.empty, columns=columns[file], report=report)
 
     def key(example: Example) -> int:
         return key_hash(f"{example.prompt}{example.completion}", seed)
@@ -115,7 +122,11 @@ def example_data(options: SFTDataOptions, seed: int) -> Split[Example]:
         return in_order([partial(read, file) for file in files], mixture(sizes, weights, seed, 0))
 
     def scan() -> tuple[int, list[int], int, list[Example]]:
-        keys = [array.array("Q", map(key, shown(read(file), "read"))) for file in files]
+        keys = []
+        for file in files:
+            report = ReadReport()
+            keys.append(array.array("Q", map(key, shown(read(file, report), "read"))))
+            say(f"{file}: {report}")
         sizes = list(map(len, keys))
         if options.eval_dataset:
             return sum(1 for _ in mixture(sizes, weights, seed, 0)), sizes, -1, list(
@@ -186,7 +197,9 @@ def encode_examples(examples: Iterable[Example], tokenizer: Tokenizer, max_lengt
     """Tokenise and truncate examples. Raises `DataError` if none is left."""
     left = False
     for example in examples:
-        for part in truncate_example(encode_example(example, tokenizer), max_length, mode, report):
+        turns = encode_turns(example, tokenizer)
+        report.split += len(turns) > 1
+        for part in (part for turn in turns for part in truncate_example(turn, max_length, mode, report)):
             left = True
             yield part
     if not left:
@@ -226,7 +239,7 @@ def on_disk(folder: Path, kind: type[R], encode: Callable[..., Iterator[R]], sou
 
 def fingerprint(tokenizer: Tokenizer) -> str:
     """A hash of all that a tokenizer and its chat template are: of the files that it saves."""
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, writing(folder):
         tokenizer.save(folder)
         whole = hashlib.sha256()
         for path in sorted(Path(folder).iterdir()):

@@ -15,7 +15,7 @@ from xalign.hf import torch_dtype
 from xalign.memory import Workload, available, training_memory
 from xalign.nn.transformer import TransformerWrapper
 from xalign.prepare import encode_examples, encode_pairs, example_data, in_memory, preference_data
-from xalign.stages import check_vocabulary, scratch_model, scratch_tokenizer, window
+from xalign.stages import check_vocabulary, peek, scratch_model, scratch_tokenizer, settle_template, window
 from xalign.tokenizers import Tokenizer, load_tokenizer
 
 LOOKED_AT = 2_000  # records that are encoded, to tell what truncation costs
@@ -25,6 +25,7 @@ def rehearse_sft(config: SFTConfig, device: torch.device) -> None:
     """Show what `xalign sft` would train on and need."""
     data = example_data(config.data, config.training.seed)
     model, tokenizer = shape(config, data.train)
+    settle_template(config.model.model, tokenizer, peek(data, "completion"))
     length = window(config.data.max_length, model)
     encoded = in_memory(encode_examples, islice(data.train(), LOOKED_AT), tokenizer, length, config.data.truncation_mode,
                         "to imitate")
@@ -37,6 +38,7 @@ def rehearse_dpo(config: DPOConfig, device: torch.device) -> None:
     """Show what `xalign dpo` would train on and need."""
     data, examples = preference_data(config.data, config.training.seed)
     model, tokenizer = shape(config, examples)
+    settle_template(config.model.model, tokenizer, peek(data, "chosen"))
     length = window(config.data.max_length, model)
     encoded = in_memory(encode_pairs, islice(data.train(), LOOKED_AT), tokenizer, length, config.data.truncation_mode,
                         "train pairs")
@@ -74,9 +76,14 @@ def count(model: nn.Module) -> int:
 
 
 def show_record(tokenizer: Tokenizer, ids: Sequence[int], scored: Sequence[bool]) -> str:
-    """One record as a table of tokens for a person to check: position, id, text, scored."""
-    rows = enumerate(zip(ids, scored, strict=True))
-    return "\n".join(f"{i:5d} {t:6d} {'scored' if s else '      '} {tokenizer.decode([t])!r}" for i, (t, s) in rows)
+    """One record as a table of tokens for a person to check: position, id, scored, and its text, or its name if it has none.
+
+    Other than `display.show_tokens` it shows ids, and the borders of tokens without colours.
+    """
+    names = {id: name for name, id in tokenizer.special_tokens.items()}
+    texts = (names.get(t) or tokenizer.decode_bytes([t]).decode("utf-8", "backslashreplace") for t in ids)
+    rows = enumerate(zip(ids, scored, texts, strict=True))
+    return "\n".join(f"{i:5d} {t:6d} {'scored' if s else '      '} {text!r}" for i, (t, s, text) in rows)
 
 
 def show_memory(config: DPOConfig | SFTConfig, model: TransformerWrapper, length: int, longest: int, sides: int,

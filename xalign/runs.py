@@ -16,13 +16,13 @@ from torch import nn
 
 from xalign import distributed
 from xalign.checkpoint import load_pretrained, load_state, save_pretrained, write_atomically
-from xalign.errors import CheckpointError, XalignError
+from xalign.errors import CheckpointError, XalignError, writing
 from xalign.nn.transformer import TransformerWrapper
 from xalign.tokenizers import Tokenizer
 
 KEPT_CHECKPOINTS = 2  # the newest, and the one before in case the newest is damaged
 CONFIG, METRICS, SAMPLES, LATEST, LOCK = "config.json", "metrics.jsonl", "samples.jsonl", "latest", ".lock"
-LEFTOVER = re.compile(r"\..+\.\d+\.(tmp|old)")  # what a killed process leaves of an atomic write
+LEFTOVER = re.compile(r"\..+\.\d+(@.+)?\.(tmp|old)")  # what a killed process leaves of an atomic write
 
 
 class RunFolder:
@@ -109,7 +109,7 @@ class RunFolder:
         """Append a record to `metrics.jsonl` or `samples.jsonl`, and metrics to wandb where it is on."""
         if distributed.rank():
             return
-        with open(self.path / file, "a", encoding="utf-8") as f:
+        with writing(self.path / file), open(self.path / file, "a", encoding="utf-8") as f:
             f.write(json.dumps(strict(record), ensure_ascii=False) + "\n")
         if self.wandb is not None and file == METRICS:
             self.wandb.log({prefix + k: v for k, v in record.items()})

@@ -1,6 +1,7 @@
 """The stages that the training programs are made of: data, tokenizer and model from scratch, imitation, reference."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from xalign.errors import CheckpointError, ConfigError
 from xalign.evaluation.metrics import mean_nll
 from xalign.nn.transformer import Decoder, TransformerWrapper
 from xalign.objectives import SFT
-from xalign.prepare import say
+from xalign.prepare import Split, say
 from xalign.runs import RunFolder
 from xalign.tokenizers import Tokenizer, train_sentencepiece
 from xalign.training import LoopOptions, autocast, train
@@ -92,6 +93,23 @@ def load_model(path: str, dtype: str | None, device: torch.device, *, allow_pick
         raise ConfigError(f"{path}: there is no tokenizer in this folder, allowed is a folder with one")
     check_vocabulary(path, model, tokenizer)
     return model, tokenizer
+
+
+def peek(data: Split[Any], column: str) -> Iterator[Text]:
+    """The texts of a column in the held-out records and in the first to train on, to tell what kind of data it is."""
+    return (getattr(record, column) for record in chain(data.held_out, islice(data.train(), 100)))
+
+
+def settle_template(name: str | None, tokenizer: Tokenizer, texts: Iterable[Text]) -> None:
+    """Give a tokenizer without a chat template ours where there are conversations: it is saved with the model, so that
+    others render as the training did. Says so, and also if what is trained has no end. `name` is the model's.
+    """
+    chats = any(not isinstance(text, str) for text in texts)
+    if chats and not tokenizer.chat_template:
+        say(f"{name or 'the tokenizer'} has no chat template: xalign's own is used, and saved with the model")
+        tokenizer.chat_template = DEFAULT_TEMPLATE
+    if tokenizer.eos_id is None and (not chats or tokenizer.chat_template == DEFAULT_TEMPLATE):
+        say(f"{name or 'the tokenizer'} has no EOS token: no text of the training ends, so the model learns no end")
 
 
 def check_vocabulary(path: str, model: TransformerWrapper, tokenizer: Tokenizer) -> None:

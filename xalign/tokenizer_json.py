@@ -13,6 +13,8 @@ from xalign.tokenizer_base import Tokenizer, json_bytes, one_line, read_json, wr
 CONFIG, TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
 FILES = ("tokenizer.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
          CONFIG, TEMPLATE)
+KINDS = ("bos", "eos", "pad", "unk")
+MAX_GAP = 1_000_000  # ids without a token, beside nine for each token: more is a mistake, and would take memory
 SPACE = "\u2581"  # the stand-in for a blank of SentencePiece and what descends from it
 
 
@@ -80,7 +82,10 @@ def tokenizer_json(
 def read_template(folder: Path, config: dict[str, Any]) -> str | None:
     """The chat template of a folder: its own file, else the tokenizer_config's only or `default` one."""
     if (folder / TEMPLATE).exists():
-        return (folder / TEMPLATE).read_text(encoding="utf-8")
+        try:
+            return (folder / TEMPLATE).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"{folder / TEMPLATE}: can't be read as UTF-8 text ({one_line(error)})") from error
     template = config.get("chat_template")
     if isinstance(template, list):  # several, each under a name
         try:
@@ -99,6 +104,10 @@ class JSONTokenizer(Tokenizer):
     and with `markers=False` spells them out. Added tokens that are not special (GPT-NeoX's runs of blanks) are ordinary text.
     Special tokens decode to nothing. Raises `DataError` for files that can't be read and for kinds of decoders
     whose pieces don't stand for bytes (WordPiece and the like).
+
+    One divergence: where tokenizer_config.json names a class (`LlamaTokenizer`), or config.json a model that has one,
+    transformers 5 replaces parts of tokenizer.json by the class's own; for Llama 2 it puts no blank behind special
+    tokens. We and 4.57 go by the file, and what `save` writes is read so by both (but 5 has one class for all qwen2).
     """
 
     def __init__(self, folder: str | os.PathLike[str]):
@@ -107,7 +116,8 @@ class JSONTokenizer(Tokenizer):
         raw = read_json(self._where)
         self._config = read_json(folder / CONFIG)
         self._template = self.chat_template = read_template(folder, self._config)
-        self._files = {name: (folder / name).read_bytes() for name in FILES if (folder / name).exists()}
+        self._files = {name: (folder / name).read_bytes() for name in FILES if (folder / name).is_file()}
+        self._settings = self._with_older_files(folder)
         tokenizer = self._build(self._files["tokenizer.json"])
         self._name_controls(folder, {id: token for token, id in tokenizer.get_vocab().items()})
         self._add_tokens(tokenizer)
@@ -121,7 +131,11 @@ class JSONTokenizer(Tokenizer):
         self.pad_id = next((id for id in (pad, self.eos_id, unk) if id is not None), 0)
         self.pad_token = self.pad_token or tokenizer.id_to_token(self.pad_id)
         piece = _reader(raw.get("decoder"), self._where)
-        self._pieces = [b""] * (1 + max(vocab.values(), default=-1))
+        highest = max(vocab.values(), default=-1)
+        if highest > 10 * len(vocab) + MAX_GAP:
+            raise DataError(f"{self._where}: its highest id is {highest}, allowed is {10 * len(vocab) + MAX_GAP} for "
+                            f"{len(vocab)} tokens")
+        self._pieces = [b""] * (1 + highest)
         for token, id in vocab.items():
             self._pieces[id] = b"" if token in self.markers else piece(token)
         # The file decides, as in transformers 5, not tokenizer_config's add_bos_token.
@@ -147,13 +161,31 @@ class JSONTokenizer(Tokenizer):
         tokenizer.encode_special_tokens = True
         return tokenizer
 
+    def _with_older_files(self, folder: Path) -> dict[str, Any]:
+        """The tokenizer_config with what older files add to it: as in transformers, unless it lists the added tokens itself.
+
+        Then special_tokens_map.json's names come first, and the tokens of added_tokens.json behind tokenizer.json's.
+        """
+        if "added_tokens_decoder" in self._config:
+            return self._config
+        settings = self._config | read_json(folder / "special_tokens_map.json")
+        if further := self._config.get("extra_special_tokens") or self._config.get("additional_special_tokens"):
+            settings["extra_special_tokens"] = further
+        special = [settings.get(f"{kind}_token") for kind in KINDS]
+        special = [token.get("content") if isinstance(token, dict) else token for token in special]
+        settings["added_tokens_decoder"] = {
+            str(id): {"content": text, "special": text in special, "normalized": text not in special}
+            for text, id in read_json(folder / "added_tokens.json").items()
+        }
+        return settings
+
     def _name_controls(self, folder: Path, tokens: dict[int, str]) -> None:
         """Find the texts of bos, eos, pad and unk, and the further ids that end a text."""
-        names = read_json(folder / "special_tokens_map.json") | self._config
+        names = self._settings
         drawn = read_json(folder / "generation_config.json")
-        model = read_json(folder / "config.json") | drawn
+        model = read_json(folder / "config.json") | {name: value for name, value in drawn.items() if value is not None}
         self._controls: list[str | None] = []
-        for kind in ("bos", "eos", "pad", "unk"):
+        for kind in KINDS:
             name = f"{kind}_token"
             value = names.get(name)
             if name not in names:  # old folders leave it to the model's configuration, as GPT-2's does
@@ -164,10 +196,11 @@ class JSONTokenizer(Tokenizer):
             if value is not None and not isinstance(value, str):
                 raise DataError(f'{folder / CONFIG}: {name} is {value!r}, allowed is a string, {{"content": ...}} or null')
             self._controls.append(value)
-        ends = drawn.get("eos_token_id")
+        ends = model.get("eos_token_id")
         ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
         if any(not isinstance(id, int) or id < 0 for id in ends):
-            raise DataError(f"{folder / 'generation_config.json'}: eos_token_id is {ends!r}, allowed is an id or a list of ids")
+            file = "config.json" if drawn.get("eos_token_id") is None else "generation_config.json"
+            raise DataError(f"{folder / file}: eos_token_id is {ends!r}, allowed is an id or a list of ids")
         self._ends = ends
 
     def _add_tokens(self, tokenizer: Any) -> None:
@@ -176,12 +209,12 @@ class JSONTokenizer(Tokenizer):
 
         known = {token.content: token.special for token in tokenizer.get_added_tokens_decoder().values()}
         try:
-            listed: dict[str, Any] = dict(self._config.get("added_tokens_decoder") or {})
+            listed: dict[str, Any] = dict(self._settings.get("added_tokens_decoder") or {})
             for _, options in sorted(listed.items(), key=lambda item: int(item[0])):
                 if options["content"] not in known:
                     tokenizer.add_tokens([AddedToken(**options)])
                     known[options["content"]] = options.get("special", False)
-            further = self._config.get("extra_special_tokens") or self._config.get("additional_special_tokens") or []
+            further = self._settings.get("extra_special_tokens") or self._settings.get("additional_special_tokens") or []
             further = further.values() if isinstance(further, dict) else further
             texts = [*self._controls, *(t["content"] if isinstance(t, dict) else t for t in further)]
             tokenizer.add_special_tokens(
@@ -214,17 +247,20 @@ class JSONTokenizer(Tokenizer):
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the files that were read, byte for byte, and the chat template where it was changed.
 
-        Only `tokenizer_class: TokenizersBackend`, which transformers 4 doesn't know, gets its older name.
+        Only `tokenizer_class` is made `PreTrainedTokenizerFast`, the name by which transformers 4 and 5 both go by
+        tokenizer.json alone; the control tokens that another class knows by itself are then written by name.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         for name, data in self._files.items():
             write_file(folder / name, data)
         config = dict(self._config)
-        if config.get("tokenizer_class") == "TokenizersBackend":
+        if config.get("tokenizer_class") != "PreTrainedTokenizerFast":
             config["tokenizer_class"] = "PreTrainedTokenizerFast"
-            if isinstance(config.get("extra_special_tokens"), list):
+            if isinstance(config.get("extra_special_tokens"), list):  # 4.57 knows no list of them
                 config["additional_special_tokens"] = config.pop("extra_special_tokens")
+            names = {f"{kind}_token": text for kind, text in zip(KINDS, self._controls, strict=True) if text}
+            config |= {name: text for name, text in names.items() if name not in self._settings}
         if self.chat_template != self._template:
             (folder / TEMPLATE).unlink(missing_ok=True)
             config["chat_template"] = self.chat_template

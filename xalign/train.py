@@ -47,9 +47,11 @@ from xalign.stages import (
     load_model,
     loop_options,
     micro_batches,
+    peek,
     prompt_text,
     scratch_model,
     scratch_tokenizer,
+    settle_template,
     sft_loop,
     window,
 )
@@ -72,8 +74,7 @@ def claim(config: Any, program: str) -> RunFolder:
     names = [settings.get(name) or () for name in ("dataset", "eval_dataset", "sft_dataset")]
     files = [file for value in names for file in ((value,) if isinstance(value, str) else value)]
     settings["data_sha256"] = distributed.once(lambda: data_digest(files))
-    if distributed.size() > 1:  # another number is another run: its steps hold other rows
-        settings["processes"] = distributed.size()
+    settings["processes"] = distributed.size()  # another number is another run: its steps hold other rows
     folder.claim({k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}, run.overwrite)
     return folder
 
@@ -131,6 +132,7 @@ def run_sft(config: SFTConfig) -> None:
             start_reporting(config, run)
             data, training = example_data(config.data, config.training.seed), config.training
             model, tokenizer = first_model(config, (e for e in data.train()), device)
+            settle_template(config.model.model, tokenizer, peek(data, "completion"))
             max_length, mode = window(config.data.max_length, model), config.data.truncation_mode
             examples = on_disk(run.path / "tokens", EncodedExample, encode_examples, data.train, tokenizer, max_length, mode,
                                "to imitate", count=data.count, key=data_key(config, run))
@@ -185,11 +187,13 @@ def run_dpo(config: DPOConfig) -> None:
 
         return rehearse_dpo(config, device)
     with claim(config, "dpo") as run:
-        report = run.path / "report.md"
-        if distributed.once(report.exists):
+        report, policy = run.path / "report.md", run.path / "policy"
+        if distributed.once(lambda: report.exists() and policy.exists()):
             say(f"{run.path} is finished; --overwrite runs it anew. From its report:")
             print(report.read_text(encoding="utf-8").split("## Samples")[0].strip())
         else:
+            if distributed.once(report.exists):
+                say(f"{policy} is missing although there is a report; it is made again, from a checkpoint where there is one")
             data, examples = preference_data(config.data, config.training.seed)
             start_reporting(config, run)
             print(prefer(config, run, data, examples, device))
@@ -201,7 +205,7 @@ def prefer(config: DPOConfig, run: RunFolder, data: Split[PreferencePair], examp
     """All stages in a run folder; gives the table of the report."""
     started = time.time()
     given = given_model(config, config.loss.ref_model, device) if config.loss.ref_model else None
-    policy, tokenizer = base_model(config, run, examples, device)
+    policy, tokenizer = base_model(config, run, data, examples, device)
     if given is not None and not same_ids(given[1], tokenizer, list(islice(data.train(), 20))):
         raise ConfigError(f"--ref-model {config.loss.ref_model} has another tokenizer than the policy, allowed is the same")
     held_out = data.held_out
@@ -242,7 +246,7 @@ def same_ids(one: Tokenizer, other: Tokenizer, pairs: list[PreferencePair]) -> b
     return one.vocab_size == other.vocab_size and first[: len(first) // 2] == first[len(first) // 2 :]
 
 
-def base_model(config: DPOConfig, run: RunFolder, examples: Source[Example],
+def base_model(config: DPOConfig, run: RunFolder, data: Split[PreferencePair], examples: Source[Example],
                device: torch.device) -> tuple[TransformerWrapper, Tokenizer]:
     """The model before alignment, kept in <run>/reference: --model, or one trained on `examples` from scratch."""
     saved = run.path / "reference"
@@ -250,6 +254,7 @@ def base_model(config: DPOConfig, run: RunFolder, examples: Source[Example],
         if not config.model.model:
             say("training a tokenizer and a model from scratch")
         model, tokenizer = first_model(config, (e for e in examples()), device)
+        settle_template(config.model.model, tokenizer, peek(data, "chosen"))
         if not config.model.model:
             say(f"{parameter_count(model):,} parameters, {tokenizer.vocab_size:,} pieces")
             model.attn_layers.gradient_checkpointing = config.training.gradient_checkpointing

@@ -28,6 +28,9 @@ class LoopOptions:
     lr_scheduler_type: str = "cosine"
     warmup_steps: int = 0
     weight_decay: float = 0.0
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    adam_epsilon: float = 1e-8
     max_grad_norm: float = 1.0
     bf16: bool = False
     logging_steps: int = 10
@@ -94,7 +97,8 @@ def train(model: nn.Module, objective: Objective, batches: Callable[[int], Seque
     restored, first, window = run.restore(), 0, Window()
     if restored is not None:
         model.load_state_dict(restored[0].state_dict())
-    optimizer = adamw(model, options.learning_rate, options.weight_decay)
+    optimizer = adamw(model, options.learning_rate, options.weight_decay, (options.adam_beta1, options.adam_beta2),
+                      options.adam_epsilon)
     if restored is not None:
         state = restored[1]
         optimizer.load_state_dict(state["optimizer"])

@@ -17,13 +17,15 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from xalign.errors import CheckpointError
+from xalign.errors import CheckpointError, ConfigError
 from xalign.families import Layout
+from xalign.hf import FLOAT_NAMES, FLOATS
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
-FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+POINTER = b"version https://git-lfs"
+UNITS = {"": 1, **{f"{u}{i}B": (1024 if i else 1000) ** n for n, u in enumerate("KMGT", 1) for i in ("", "i")}}
 # The pages of a mapping count as this process's memory once they were touched, so it is dropped after so many bytes.
 TOUCHED = 32 * 2**20
 
@@ -84,14 +86,23 @@ def load_weights(model: nn.Module, folder: Path, layout: Layout, dtype: torch.dt
     model.load_state_dict(loaded, assign=True)
 
 
-def save_weights(model: nn.Module, folder: Path, layout: Layout, max_shard_size: int) -> list[Path]:
+def shard_bytes(size: int | float | str) -> float:
+    """A shard's size in bytes: a number, or text such as "5GB" or "500MiB". Raises `ConfigError` for anything else."""
+    said = re.fullmatch(r"(\d+(?:\.\d+)?) *((?:[KMGT]i?B)?)", size) if isinstance(size, str) else None
+    value = float(said[1]) * UNITS[said[2]] if said else size
+    if isinstance(value, bool | str) or not isinstance(value, int | float) or not value >= 1:
+        raise ConfigError(f"max_shard_size is {size!r}, allowed is a number of bytes >= 1, or text such as '5GB'")
+    return value
+
+
+def save_weights(model: nn.Module, folder: Path, layout: Layout, max_shard_size: float) -> list[Path]:
     """Write a model's tensors into a new folder, in shards and an index where they take more than `max_shard_size` bytes.
 
     Gives the paths written. A shard is gathered, written and let go before the next.
     """
     tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     shards: list[list] = [[]]
-    total = room = 0
+    total, room = 0, 0.0
     for entry in layout.entries:
         size = sum(tensors[name].nbytes for name in entry.ours)
         if shards[-1] and size > room:
@@ -151,8 +162,8 @@ class _Reader:
         except CheckpointError:
             raise
         except Exception as error:  # a damaged file makes safetensors and torch raise nearly anything
-            why = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise CheckpointError(f"{path}: can't be read as {self.kind} ({why})") from error
+            refuse_pointer(path)
+            raise CheckpointError(f"{path}: can't be read as {self.kind} ({one_reason(error)})") from error
 
 
 class _PickleReader(_Reader):
@@ -187,8 +198,10 @@ def _locate(folder: Path, allow_pickle: bool) -> tuple[_Reader, Path, dict[str, 
         if pickles and not allow_pickle:
             raise CheckpointError(f"{folder}: the weights are pickled ({pickles[0]}), and a pickle can run code: allowed is "
                                   f"{SINGLE}, or --allow-pickle (allow_pickle=True), which reads only tensors")
-        if pickles:
-            reader, single, index = _PickleReader(), folder / PICKLE, folder / PICKLE_INDEX
+        if not pickles:
+            raise CheckpointError(f"{folder}: no weights there, allowed is {SINGLE}, or shards with {INDEX}, or with "
+                                  f"--allow-pickle {PICKLE}")
+        reader, single, index = _PickleReader(), folder / PICKLE, folder / PICKLE_INDEX
     if not index.exists():
         if shards:
             raise CheckpointError(f"{folder}: holds both {SINGLE} and {shards[0]}, allowed is one of them")
@@ -230,13 +243,32 @@ def _weight_map(index: Path) -> dict[str, str]:
     return weight_map
 
 
+def refuse_pointer(path: Path) -> None:
+    """Raise for the few lines that git leaves in place of a large file where git-lfs did not fetch it."""
+    if path.is_file():
+        with open(path, "rb") as file:
+            if file.read(len(POINTER)) == POINTER:
+                raise CheckpointError(f"{path}: is a Git LFS pointer, allowed is the file itself: `git lfs pull` fetches it")
+
+
+def one_reason(error: Exception) -> str:
+    """What a reader of tensors says, in a line; torch's refusals of a pickle advise to let it run its code."""
+    text = str(error)
+    if "weights_only" in text:
+        if asked := re.search(r"GLOBAL ([\w.]+)", text):
+            return f"its pickle asks for {asked[1]}, which only code could need"
+        inner = re.search(r"WeightsUnpickler error:\s*(.*)", text)
+        return "its pickle is damaged, or asks for more than tensors" + (f": {inner[1].strip()}" if inner else "")
+    return text.splitlines()[0] if text else type(error).__name__
+
+
 def _and_more(names: list[str]) -> str:
     return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
 
 
 def _float(tensor: Tensor, what: str) -> Tensor:
     if tensor.dtype not in FLOATS:
-        raise CheckpointError(f"{what} is {tensor.dtype}, allowed is float32, bfloat16 or float16")
+        raise CheckpointError(f"{what} is {tensor.dtype}, allowed is {FLOAT_NAMES}")
     return tensor
 
 

@@ -41,7 +41,7 @@ class SamplingParams:
                   "top_k": (1, math.inf), "max_new_tokens": (0, math.inf), "n": (1, math.inf), "beams": (1, math.inf)}
         for name, (low, high) in limits.items():
             value = getattr(self, name)
-            if value is not None and not (low <= value <= high and math.isfinite(value)):
+            if value is not None and not (low <= value <= high and value < math.inf):
                 allowed = f"in [{low}, {high}]" if high == 1 else f">= {low}"
                 raise ConfigError(f"{name} is {value}, allowed is a number {allowed}")
         if self.beams > 1:

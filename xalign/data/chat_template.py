@@ -12,6 +12,9 @@ So the ids of a prompt at inference are exactly those that training saw in front
   between turns stay. Where a text would begin with a scored token, BOS or EOS goes in front, so that it can be predicted.
 - Special tokens come from the template only: in a message, `</s>` or `<|user|>` is spelt out as ordinary text.
 
+Some templates write a turn differently once others follow it (Qwen3 drops an earlier turn's `<think>` block). There
+each reply is learnt as it is generated, behind a prompt of its own: `NotCut` tells the caller to split a conversation.
+
 Otherwise ids, masks and the split into prompt and completion are those of transformers' `apply_chat_template` and of
 trl. What differs follows from the rule, and tests/test_chat_parity.py has a test for each: special tokens in a message
 are spelt out; no token straddles the border of prompt and reply; the end of turn is scored also outside the block, and
@@ -49,8 +52,13 @@ DEFAULT_TEMPLATE = (
 # Unicode noncharacters, which steer the way from a rendered string to ids; in a message they are escaped.
 _MARKS = "\ufdd0\ufdd1\ufdd2\ufdd3"
 _OPEN, _CLOSE, _BREAK, _ESCAPE = list(_MARKS)
+CACHED = 64  # renderings, and ids of pieces of text, that are kept: the two sides of a pair begin alike
 MAX_STEPS, MAX_LENGTH = 2_000_000, 50_000_000  # of all loops of a rendering together; of what `+` and `*` make
 Named = tuple[tuple[str, str], ...]  # the control tokens by the names that templates know, ("bos_token", "<s>")
+
+
+class NotCut(DataError):
+    """A template writes an assistant's turn differently once others follow it, so it can't be found in the whole."""
 
 
 @dataclass(frozen=True)
@@ -68,11 +76,12 @@ def render(
     messages: Sequence[Message],
     template: str | None = None,
     add_generation_prompt: bool = False,
+    since: int = 0,
 ) -> Rendered:
     """Render messages by the rule above; `template` defaults to the tokenizer's, then to `DEFAULT_TEMPLATE`.
 
-    Raises `DataError`, one line, for a template that fails, or that writes a turn differently once others follow it
-    (unless `add_generation_prompt` is set: at inference such a turn is just not cut apart).
+    Raises `DataError`, one line, for a template that fails, and its kind `NotCut` for one that writes a turn differently
+    once others follow it. Turns before message `since` (and with `add_generation_prompt` all) are then just not cut apart.
     """
     template = template or tokenizer.chat_template or DEFAULT_TEMPLATE
     specials = tokenizer.special_tokens
@@ -80,7 +89,7 @@ def render(
     named = tuple((name, text if text in specials else "") for name, text in controls.items())
     closer = _closer(template, named, tuple(specials))
     compiled = _Conversation(template, messages, named, tuple(specials))
-    text, spans = compiled.spans(add_generation_prompt)
+    text, spans = compiled.spans(add_generation_prompt, since)
     pieces: list[tuple[str, bool]] = []
     at, ended = 0, False
     for start, end in spans:
@@ -100,13 +109,14 @@ def render(
         pieces.append((text[at:], False))
 
     tokens: list[tuple[int, bool]] = []
+    ids: Sequence[int]
     before = ""
     for piece, scored in pieces:
         for part in compiled.cut.split(piece):
             if part in specials:
                 ids, before = [specials[part]], "token"
             elif plain := _plain(part):
-                ids, before = tokenizer.encode_part(plain, before), "text"
+                ids, before = _encode(tokenizer, plain, before), "text"
             else:
                 continue
             tokens += [(id, scored) for id in ids]
@@ -161,12 +171,12 @@ def render_completion(
         head, whole = render_text(tokenizer, prompt).ids, render_text(tokenizer, prompt, completion)
     else:
         assert isinstance(prompt, tuple) and isinstance(completion, tuple)
-        whole = render(tokenizer, prompt + completion, template)
+        whole = render(tokenizer, prompt + completion, template, since=len(prompt))
         head = []
         if completion[0].role == "assistant":
             head = render(tokenizer, prompt, template, add_generation_prompt=True).ids
         elif prompt:
-            head = render(tokenizer, prompt, template).ids
+            head = render(tokenizer, prompt, template, since=len(prompt)).ids
         if whole.ids[: len(head)] != head:
             raise DataError("the chat template writes the prompt differently once the reply follows it")
     return head, whole.ids[len(head) :], whole.loss_mask[len(head) :]
@@ -176,44 +186,37 @@ class _Conversation:
     """Messages with their special tokens disarmed, and the compiled template that writes them."""
 
     def __init__(self, template: str, messages: Sequence[Message], named: Named, specials: tuple[str, ...]):
-        self.template, self.has_blocks = _compile(template), bool(re.search(r"{%[-+]?\s*generation\s*[-+]?%}", template))
-        self.tokens = dict(named)
+        self.template, self.named = template, named
+        self.has_blocks = bool(re.search(r"{%[-+]?\s*generation\s*[-+]?%}", template))
         self.cut, disarm = _patterns(specials)
         self.messages = []
         for message in messages:
             escaped = re.sub(f"[{_MARKS}]", lambda mark: _ESCAPE + str(_MARKS.index(mark[0])), message.content)
-            self.messages.append({"role": message.role, "content": disarm.sub(rf"\1{_BREAK}", escaped)})
+            self.messages.append((message.role, disarm.sub(rf"\1{_BREAK}", escaped)))
 
     def write(self, count: int, add_generation_prompt: bool) -> str:
         """Render the first `count` messages."""
-        try:
-            _steps.set(iter(range(MAX_STEPS)))
-            return self.template.render(
-                messages=self.messages[:count], add_generation_prompt=add_generation_prompt, tools=None, documents=None,
-                **self.tokens,
-            )  # fmt: skip
-        except Exception as error:  # a template is a program: it may fail in any way
-            raise DataError(f"the chat template failed: {' '.join(str(error).split())}") from error
+        return _write(self.template, self.named, tuple(self.messages[:count]), add_generation_prompt)
 
-    def spans(self, add_generation_prompt: bool) -> tuple[str, list[tuple[int, int]]]:
-        """The text of all messages, and where in it the assistant's turns are."""
+    def spans(self, add_generation_prompt: bool, since: int) -> tuple[str, list[tuple[int, int]]]:
+        """The text of all messages, and where in it the assistant's turns are; see `render`."""
         text = self.write(len(self.messages), add_generation_prompt)
         spans = []
         if self.has_blocks:
             parts = re.split(f"[{_OPEN}{_CLOSE}]", text)
             ends = list(itertools.accumulate(map(len, parts)))
             text, spans = "".join(parts), list(zip(ends[0:-1:2], ends[1::2], strict=True))
-            replies = [i for i, message in enumerate(self.messages) if message["role"] == "assistant"]
+            replies = [i for i, message in enumerate(self.messages) if message[0] == "assistant"]
             if len(replies) == len(spans):
                 spans = [(self._begin(text, start, i), end) for i, (start, end) in zip(replies, spans, strict=True)]
             return text, spans
         for i, message in enumerate(self.messages):
-            if message["role"] == "assistant":
+            if message[0] == "assistant":
                 head, turn = self.write(i, True), self.write(i + 1, False)
                 if text.startswith(turn) and turn.startswith(head):
                     spans.append((len(head), len(turn)))
-                elif not add_generation_prompt:
-                    raise DataError(
+                elif not add_generation_prompt and i >= since:
+                    raise NotCut(
                         f"the chat template writes message {i + 1} differently once others follow it; "
                         "allowed: templates that only append, or that mark replies with {% generation %}"
                     )
@@ -228,6 +231,23 @@ class _Conversation:
         except DataError:  # some refuse to begin a conversation with a reply
             return start
         return len(head) if text.startswith(head) and text[len(head) : start].isspace() else start
+
+
+@lru_cache(maxsize=CACHED)
+def _encode(tokenizer: Tokenizer, text: str, before: str) -> tuple[int, ...]:
+    return tuple(tokenizer.encode_part(text, before))
+
+
+@lru_cache(maxsize=CACHED)
+def _write(template: str, named: Named, messages: tuple[tuple[str, str], ...], add_generation_prompt: bool) -> str:
+    compiled = _compile(template)
+    try:
+        _steps.set(iter(range(MAX_STEPS)))
+        rows = [{"role": role, "content": content} for role, content in messages]
+        return compiled.render(messages=rows, add_generation_prompt=add_generation_prompt, tools=None, documents=None,
+                               **dict(named))  # fmt: skip
+    except Exception as error:  # a template is a program: it may fail in any way
+        raise DataError(f"the chat template failed: {' '.join(str(error).split())}") from error
 
 
 @lru_cache(maxsize=64)
@@ -247,7 +267,7 @@ def _closer(template: str, named: Named, specials: tuple[str, ...]) -> str:
         text = ""
     after = text.rpartition(reply)[2].replace(_CLOSE, "")
     found = re.match(rf"\s*({either(specials)})", after)
-    return found[1] if found else conversation.tokens["eos_token"]
+    return found[1] if found else dict(named)["eos_token"]
 
 
 def _plain(piece: str) -> str:

@@ -7,13 +7,13 @@ import array
 import itertools
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Literal, Self
 
 import torch
 from torch import Tensor
 
-from xalign.data.chat_template import render_completion
+from xalign.data.chat_template import NotCut, render_completion
 from xalign.data.records import Example, PreferencePair, Text
 from xalign.errors import ConfigError, DataError
 from xalign.tokenizers import Tokenizer
@@ -23,12 +23,16 @@ TruncationMode = Literal["keep_end", "keep_start"]
 
 @dataclass(frozen=True)
 class EncodedPair:
-    """Ids of a prompt (BOS first) and of the two completions (their end-of-turn token, mostly EOS, last)."""
+    """Ids of a prompt and of the two completions (their end-of-turn token, mostly EOS, last).
+
+    `bos`: whether the first id is a BOS, which truncation keeps; a store, whose rows are cut already, doesn't tell.
+    """
 
     prompt: list[int]
     chosen: list[int]
     rejected: list[int]
     where: str = ""
+    bos: bool = field(default=True, compare=False)
 
     @property
     def length(self) -> int:
@@ -38,11 +42,12 @@ class EncodedPair:
 
 @dataclass(frozen=True)
 class EncodedExample:
-    """Ids (BOS first) and which of them are scored."""
+    """Ids and which of them are scored; `bos` as in `EncodedPair`."""
 
     ids: list[int]
     loss_mask: list[bool]
     where: str = ""
+    bos: bool = field(default=True, compare=False)
 
     @property
     def length(self) -> int:
@@ -54,13 +59,33 @@ def encode_pair(pair: PreferencePair, tokenizer: Tokenizer, template: str | None
     """Tokenise a pair by `chat_template`'s rule; `template` as in its `render`. Raises `DataError` with `where`."""
     prompt, chosen, _ = _completion(pair.prompt, pair.chosen, pair.where, tokenizer, template)
     _, rejected, _ = _completion(pair.prompt, pair.rejected, pair.where, tokenizer, template)
-    return EncodedPair(prompt, chosen, rejected, pair.where)
+    return EncodedPair(prompt, chosen, rejected, pair.where, _has_bos(prompt + chosen, pair.prompt, tokenizer))
 
 
 def encode_example(example: Example, tokenizer: Tokenizer, template: str | None = None) -> EncodedExample:
     """Tokenise an example: the completion's assistant turns are scored, of plain text all but BOS and the prompt."""
     prompt, ids, mask = _completion(example.prompt, example.completion, example.where, tokenizer, template)
-    return EncodedExample(prompt + ids, [False] * len(prompt) + mask, example.where)
+    return _example(example, prompt, ids, mask, tokenizer)
+
+
+def _example(example: Example, head: list[int], ids: list[int], mask: list[bool], tokenizer: Tokenizer) -> EncodedExample:
+    bos = _has_bos(head + ids, example.prompt, tokenizer)
+    return EncodedExample(head + ids, [False] * len(head) + mask, example.where, bos)
+
+
+def encode_turns(example: Example, tokenizer: Tokenizer) -> list[EncodedExample]:
+    """An example as `encode_example` gives it, or, where its template writes a turn differently once others follow it, one
+    for each assistant turn of the completion, behind all that comes before it. Raises `DataError` with `where`.
+    """
+    prompt, completion = example.prompt, example.completion
+    try:
+        return [encode_example(example, tokenizer)]
+    except NotCut:
+        assert isinstance(prompt, tuple) and isinstance(completion, tuple)
+        turns = [i for i, message in enumerate(completion) if message.role == "assistant"]
+        parts = [(prompt + completion[:i], completion[i : i + 1]) for i in turns]
+    encoded = [_completion(*part, example.where, tokenizer, None) for part in parts]
+    return [_example(example, *parts, tokenizer) for parts in encoded]
 
 
 def _completion(
@@ -69,7 +94,16 @@ def _completion(
     try:
         return render_completion(tokenizer, prompt, completion, template)
     except DataError as error:
-        raise DataError(f"{where}: {error}" if where else str(error)) from error
+        raise type(error)(f"{where}: {error}" if where else str(error)) from error
+
+
+def _has_bos(ids: list[int], prompt: Text, tokenizer: Tokenizer) -> bool:
+    """Whether the first of the ids is a BOS (EOS for tokenizers without one).
+
+    SmolLM2's, which adds none, is also what opens every turn of its chat template: then the first is no BOS.
+    """
+    bos = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
+    return ids[:1] == [bos] and (isinstance(prompt, str) or tokenizer.adds_bos or bos not in ids[1:])
 
 
 @dataclass
@@ -94,9 +128,10 @@ def truncate_pair(
 ) -> EncodedPair | None:
     """Shorten a pair so that prompt + longer completion ≤ `max_length` tokens; both sides keep one and the same prompt.
 
-    `keep_end` cuts the prompt's beginning (never its BOS) down to a quarter of `max_length`, and then, where that is
-    not enough, the completions' ends. `keep_start` cuts only the completions' ends. None, counted as dropped, where
-    no token of a completion would be left or nothing that tells chosen from rejected. A cut completion has no EOS.
+    `keep_end` cuts the prompt's beginning (but for its BOS, if it has one) down to a quarter of `max_length`, and then,
+    where that is not enough, the completions' ends; a chat turn that is cut has lost its role. `keep_start` cuts only the
+    completions' ends. None, counted as dropped, where no token of a completion would be left or nothing that tells chosen
+    from rejected. A cut completion has no EOS.
     """
     _check_length(max_length, mode)
     report = TruncationReport() if report is None else report
@@ -107,7 +142,7 @@ def truncate_pair(
     prompt = pair.prompt
     if mode == "keep_end":
         room = max(max_length - longest, max_length // 4, 1)
-        prompt = prompt if len(prompt) <= room else prompt[:1] + prompt[len(prompt) - room + 1 :]
+        prompt = prompt if len(prompt) <= room else prompt[: pair.bos] + prompt[len(prompt) - room + pair.bos :]
     room = max_length - len(prompt)
     chosen, rejected = pair.chosen[: max(room, 0)], pair.rejected[: max(room, 0)]
     if not chosen or not rejected or (chosen == rejected and pair.chosen != pair.rejected):
@@ -126,9 +161,9 @@ def truncate_example(
 ) -> list[EncodedExample]:
     """Shorten an example to `max_length` tokens.
 
-    A plain document (all but BOS is scored) is split into windows instead; each begins with the last token of the one
-    before as unscored context, so that every token is scored once. Of others the end is cut (`keep_start`), or what
-    follows BOS (`keep_end`); the list is empty, and that is counted as dropped, if nothing scored is left.
+    A plain document (all is scored but for its BOS) is split into windows instead; each begins with the last token of the
+    one before as unscored context, so that every token is scored once. Of others the end is cut (`keep_start`), or the
+    beginning behind BOS (`keep_end`); the list is empty, and that is counted as dropped, if nothing scored is left.
     """
     _check_length(max_length, mode)
     report = TruncationReport() if report is None else report
@@ -136,14 +171,15 @@ def truncate_example(
     ids, mask = example.ids, example.loss_mask
     if len(ids) <= max_length:
         return [example]
-    if all(mask[1:]):
+    if all(mask[example.bos :]):
         report.split += 1
         starts = range(0, len(ids) - 1, max_length - 1)
         windows = [(ids[i : i + max_length], mask[i : i + max_length]) for i in starts]
-        return [EncodedExample(part, [scored[0] and not i, *scored[1:]], example.where)
+        return [EncodedExample(part, [scored[0] and not i, *scored[1:]], example.where, example.bos and not i)
                 for i, (part, scored) in enumerate(windows)]  # fmt: skip
-    kept = range(max_length) if mode == "keep_start" else [0, *range(len(ids) - max_length + 1, len(ids))]
-    cut = EncodedExample([ids[i] for i in kept], [mask[i] for i in kept], example.where)
+    head = max_length if mode == "keep_start" else int(example.bos)
+    kept = [*range(head), *range(len(ids) - max_length + head, len(ids))]
+    cut = replace(example, ids=[ids[i] for i in kept], loss_mask=[mask[i] for i in kept])
     if not any(cut.loss_mask[1:]):
         report.dropped += 1
         return []

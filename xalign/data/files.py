@@ -3,7 +3,7 @@
 A file is known by its name: .jsonl, .json and .txt (each also with .gz) or .parquet; `owner/name` is a dataset of the
 Hugging Face hub. N counts from 1: lines of .jsonl and .txt, records of a .json list, rows of a parquet. Of a parquet
 only one row group's wanted columns are in memory, of a .json list (unless it is JSON lines by another name) all.
-What the records mean is `data.sources`' part. Anything wrong is a `DataError` that begins with the file.
+What the records mean is `data.shapes`' part. Anything wrong is a `DataError` that begins with the file.
 """
 
 import codecs
@@ -13,12 +13,13 @@ import itertools
 import json
 import os
 import zlib
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
 from xalign.errors import DataError
 
 Path = str | os.PathLike[str]
+OnBad = Callable[[str, DataError], None]
 KINDS = (".jsonl", ".json", ".txt", ".parquet")
 ALLOWED = ".jsonl, .json, .txt (each also with .gz), .parquet"
 LINE_LIMIT = 64 * 2**20
@@ -26,19 +27,32 @@ LINE_LIMIT = 64 * 2**20
 _ROWS = 64  # rows of a parquet that become Python objects at once
 
 
-def raw_records(path: Path, wanted: Collection[str] = ()) -> Iterator[tuple[str, dict[str, Any]]]:
+def raw_records(path: Path, wanted: Collection[str] = (),
+                on_bad: OnBad | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield `path:N` and the object of every record of a file, or of every file of a hub dataset.
 
-    Of a parquet only the columns of `wanted` are read (all, if it is empty); the value of the others is None.
+    Of a parquet only the columns of `wanted` are read (all, if it is empty); the value of the others is None. A .json
+    file may hold a single record, if it has one of `wanted`. `on_bad` is told the place and the error of a line that is
+    no JSON, and of a record that is no object, and the next ones are read; without it they are raised.
     """
     name = os.fspath(path)
     found = False
+
+    def bad(where: str, error: DataError) -> None:
+        nonlocal found
+        found = True
+        if on_bad is None:
+            raise error
+        on_bad(where, error)
+
     for file in data_files(name):
-        for number, value in _values(file, wanted):
+        for number, value in _values(file, wanted, bad):
+            where = f"{file}:{number}"
             if not isinstance(value, dict):
-                raise DataError(f"{file}:{number}: a record must be a JSON object, not {type(value).__name__}")
+                bad(where, DataError(f"{where}: a record must be a JSON object, not {type(value).__name__}"))
+                continue
             found = True
-            yield f"{file}:{number}", value
+            yield where, value
     if not found:
         raise DataError(f"{name}: the file holds no record")
 
@@ -53,6 +67,8 @@ def data_files(path: Path) -> list[str]:
     name = os.fspath(path)
     if os.path.isdir(name):
         raise DataError(f"{name}: can't be read (Is a directory); allowed: a file {ALLOWED}")
+    if os.path.exists(name) and not os.path.isfile(name):  # a pipe would be waited for, and can't be read twice
+        raise DataError(f"{name}: can't be read (a pipe or device); allowed: a file {ALLOWED}")
     if _kind(name) in KINDS:
         return [name]
     if os.path.exists(name):
@@ -69,35 +85,48 @@ def _kind(name: str) -> str:
     return os.path.splitext(lower.removesuffix(".gz"))[1] if not lower.endswith(".parquet.gz") else ".gz"
 
 
-def _values(name: str, wanted: Collection[str]) -> Iterator[tuple[int, Any]]:
+def _values(name: str, wanted: Collection[str], bad: OnBad) -> Iterator[tuple[int, Any]]:
     """Yield line, record or row numbers and what is there."""
     kind = _kind(name)
     if kind == ".parquet":
         yield from _parquet(name, wanted)
     elif kind == ".json":
-        yield from _json(name)
+        yield from _json(name, wanted, bad)
     else:
-        for number, line in _lines(name):
-            if line and not line.isspace():
-                yield number, {"text": line.rstrip("\r\n")} if kind == ".txt" else _parse(line, name, number)
+        lines = ((number, line) for number, line in _lines(name) if line and not line.isspace())
+        if kind == ".txt":
+            yield from ((number, {"text": line.rstrip("\r\n")}) for number, line in lines)
+        else:
+            yield from _json_lines(lines, name, bad)
 
 
-def _json(name: str) -> Iterator[tuple[int, Any]]:
-    """A list of records, `{"data": [...]}`, or JSON lines, which are common under the name .json as well."""
+def _json_lines(lines: Iterable[tuple[int, str]], name: str, bad: OnBad) -> Iterator[tuple[int, Any]]:
+    for number, line in lines:
+        try:
+            value = _parse(line, name, number)
+        except DataError as error:
+            bad(f"{name}:{number}", error)
+        else:
+            yield number, value
+
+
+def _json(name: str, wanted: Collection[str], bad: OnBad) -> Iterator[tuple[int, Any]]:
+    """A list of records, `{"data": [...]}`, one record, or JSON lines, which are common under the name .json as well."""
     lines = ((number, line) for number, line in _lines(name) if line.strip())
     head = list(itertools.islice(lines, 2))
     if len(head) == 2 and _is_whole(head[0][1]):
-        for number, line in (*head, *lines):
-            yield number, _parse(line, name, number)
+        yield from _json_lines(itertools.chain(head, lines), name, bad)
         return
     del lines, head
     text = "".join(line for _, line in _lines(name))
     value = _parse(text, name, 1) if text.strip() else []
     if isinstance(value, dict) and isinstance(value.get("data"), list):
         value = value["data"]
+    elif isinstance(value, dict) and not value.keys().isdisjoint(wanted):
+        value = [value]
     if not isinstance(value, list):
         keys = keys_of(value) if isinstance(value, dict) else type(value).__name__
-        raise DataError(f'{name}:1: holds {keys}; allowed: a list of records, or {{"data": [...]}}')
+        raise DataError(f'{name}:1: holds {keys}; allowed: a list of records, {{"data": [...]}}, or one record')
     yield from enumerate(value, 1)
 
 
@@ -165,6 +194,8 @@ def _parquet(name: str, wanted: Collection[str]) -> Iterator[tuple[int, dict[str
             if wanted and not used:
                 raise DataError(f"{name}: none of the columns {', '.join(map(repr, columns))}"[:300]
                                 + f" is one that is read; allowed: {', '.join(wanted)}")
+            if twice := [column for column in used if columns.count(column) > 1]:
+                raise DataError(f"{name}: two columns are called {twice[0]!r}; allowed: each name once")
             empty = dict.fromkeys(columns)
             for batch in file.iter_batches(_ROWS, columns=used, use_threads=False):
                 for row in batch.to_pylist():

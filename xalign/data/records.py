@@ -12,6 +12,10 @@ from xalign.errors import DataError
 ROLES = ("system", "user", "assistant", "tool")
 
 
+class EmptyReply(DataError):
+    """A completion is blank, and nothing else is wrong with it."""
+
+
 @dataclass(frozen=True)
 class Message:
     """One turn of a conversation. Raises `DataError` for an unknown role or a content that isn't text."""
@@ -71,8 +75,10 @@ class Example:
     def __post_init__(self) -> None:
         _check_kinds(self.where, prompt=self.prompt, completion=self.completion)
         if is_empty(self.completion):
+            if isinstance(self.completion, tuple) and not any(m.role == "assistant" for m in self.completion):
+                raise _error(self.where, "the completion has no assistant turn")
             what = "has no assistant turn with any text" if isinstance(self.completion, tuple) else "is empty"
-            raise _error(self.where, f"the completion {what}")
+            raise _error(self.where, f"the completion {what}", EmptyReply)
 
 
 @dataclass(frozen=True)
@@ -118,7 +124,7 @@ def _check_reply(where: str, name: str, text: Text) -> None:
         roles = ", ".join(message.role for message in text) or "none"
         raise _error(where, f"{name!r} must be one assistant message, not: {roles}")
     if is_empty(text):
-        raise _error(where, f"{name!r} is an empty completion")
+        raise _error(where, f"{name!r} is an empty completion", EmptyReply)
 
 
 def _check_text(text: str, name: str, where: str = "") -> None:
@@ -130,5 +136,5 @@ def _check_text(text: str, name: str, where: str = "") -> None:
         raise _error(where, f"{name} holds half a character (a lone surrogate) at position {error.start}") from None
 
 
-def _error(where: str, what: str) -> DataError:
-    return DataError(f"{where}: {what}" if where else what)
+def _error(where: str, what: str, kind: type[DataError] = DataError) -> DataError:
+    return kind(f"{where}: {what}" if where else what)

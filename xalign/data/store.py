@@ -17,6 +17,7 @@ from typing import Any, Generic, TypeVar, overload
 import numpy as np
 
 from xalign.data.collate import EncodedExample, EncodedPair
+from xalign.errors import writing
 
 IDS, LENGTHS, META = "ids.bin", "lengths.bin", "meta.json"
 VERSION = 1  # part of what a store must agree with: raise it when the layout changes
@@ -94,7 +95,8 @@ def write_store(path: Path, key: dict[str, Any], kind: type[R], rows: Iterable[R
     code, dtype = ("H", "uint16") if limit <= 2**16 else ("I", "uint32")
     count = width = 0
     try:
-        with open(temporary / IDS, "wb", 1 << 20) as ids, open(temporary / LENGTHS, "wb", 1 << 16) as lengths:
+        with (writing(path), open(temporary / IDS, "wb", 1 << 20) as ids,
+              open(temporary / LENGTHS, "wb", 1 << 16) as lengths):
             for row in rows:
                 parts = _parts(row)
                 for part in parts:

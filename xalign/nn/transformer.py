@@ -181,6 +181,7 @@ class TransformerWrapper(nn.Module):
         super().__init__()
         dim = attn_layers.dim
         self.num_tokens, self.max_seq_len = num_tokens, max_seq_len
+        self.generation: dict[str, Any] = {}  # the generation_config.json that it came with: saved again, not used
         self.token_emb = nn.Embedding(num_tokens, dim)
         absolute = use_abs_pos_emb and attn_layers.rotary is None and not attn_layers.alibi
         self.pos_emb = nn.Embedding(max_seq_len, dim) if absolute else None
