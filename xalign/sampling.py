@@ -27,7 +27,7 @@ def _scalar(name: str, value: float, low: float, high: float, allowed: str) -> N
         raise ConfigError(f"{name} is {value!r}, allowed is {allowed}")
 
 
-def _per_row(value: float | Tensor, logits: Tensor, low: float, high: float) -> Tensor:
+def per_row(value: float | Tensor, logits: Tensor, low: float, high: float) -> Tensor:
     """A parameter as an fp32 tensor that broadcasts against (..., v); numbers were checked before."""
     if not isinstance(value, Tensor):
         return torch.full((), value, dtype=torch.float32, device=logits.device)
@@ -49,7 +49,7 @@ def temperature(logits: Tensor, t: float | Tensor) -> Tensor:
     if not isinstance(t, Tensor):
         _scalar("temperature", t, 0.0, torch.finfo(torch.float32).max, "a finite number >= 0")
     tiny, big = torch.finfo(torch.float32).tiny, torch.finfo(logits.dtype).max / 2
-    t = _per_row(t, logits, 0.0, torch.finfo(torch.float32).max)
+    t = per_row(t, logits, 0.0, torch.finfo(torch.float32).max)
     x = logits.float()
     top = x.amax(-1, keepdim=True)
     safe = t.clamp(min=tiny)
@@ -96,7 +96,7 @@ def top_p(logits: Tensor, thres: float | Tensor = 0.9) -> Tensor:
     """
     if not isinstance(thres, Tensor):
         _scalar("top_p", thres, 0.0, 1.0, "a number in [0, 1]")
-    p = _per_row(thres, logits, 0.0, 1.0)
+    p = per_row(thres, logits, 0.0, 1.0)
     ordered, order = _descending_ranks(logits.float())
     probs = ordered.softmax(-1)
     before = probs.cumsum(-1) - probs
@@ -111,7 +111,7 @@ def min_p(logits: Tensor, min_p: float | Tensor = 0.1) -> Tensor:
         _scalar("min_p", min_p, 0.0, 1.0, "a number in [0, 1]")
     x = logits.float()
     ratio = (x - x.amax(-1, keepdim=True)).exp()
-    return logits.masked_fill(ratio < _per_row(min_p, logits, 0.0, 1.0) * (1 - ROUNDING), NEG_INF)
+    return logits.masked_fill(ratio < per_row(min_p, logits, 0.0, 1.0) * (1 - ROUNDING), NEG_INF)
 
 
 def top_a(logits: Tensor, min_p_pow: float = 2.0, min_p_ratio: float = 0.02) -> Tensor:
@@ -131,7 +131,7 @@ def repetition_penalty(logits: Tensor, tokens: Tensor, penalty: float | Tensor, 
     """
     if not isinstance(penalty, Tensor):
         _scalar("repetition_penalty", penalty, torch.finfo(torch.float32).tiny, 1e30, "a finite number > 0")
-    factor = _per_row(penalty, logits, torch.finfo(torch.float32).tiny, 1e30)
+    factor = per_row(penalty, logits, torch.finfo(torch.float32).tiny, 1e30)
     counts = torch.zeros_like(logits, dtype=torch.float32)
     counts = counts.scatter_add(-1, tokens, torch.ones_like(tokens, dtype=torch.float32) if mask is None else mask.float())
     x = logits.float()
@@ -205,9 +205,13 @@ def row_keys(seed: int | Tensor, rows: int, samples: int = 1, device: torch.devi
     return fold(key[:, None], torch.arange(samples, device=device)).reshape(-1)
 
 
-def gumbel(key: Tensor, position: Tensor, v: int) -> Tensor:
-    """Gumbel noise (b, v), fp32, for row keys (b,) and positions (b,): a hash of (key, position, token)."""
-    state = fold(key, position)[:, None] + torch.arange(1, v + 1, device=key.device) * _GOLDEN
+def gumbel(key: Tensor, position: Tensor, tokens: int | Tensor) -> Tensor:
+    """Gumbel noise, fp32, for row keys (b,) and positions (b,): a hash of (key, position, token).
+
+    `tokens` is the vocabulary's size, which gives (b, v), or token ids (b, k), which gives the same numbers for those alone.
+    """
+    ids = torch.arange(tokens, device=key.device) if isinstance(tokens, int) else tokens
+    state = fold(key, position)[:, None] + (ids + 1) * _GOLDEN
     # 40 bits make the uniform's small values, hence the noise's large ones, exact to full fp32 precision
     uniform = (_shift(hash64(state), 24).float() + 0.5) * 2.0**-40
     return -torch.log(-torch.log1p(-uniform.clamp(max=1 - 2.0**-24)))

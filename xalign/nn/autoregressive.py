@@ -1,13 +1,14 @@
 """`AutoregressiveWrapper`: the language-model loss, sampling, streaming and beam search around one decoder."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from xalign import sampling
+from xalign.drawing import Draw
 from xalign.logprobs import scored_logprobs
 from xalign.nn.decoding import Decoding, Prompts, evaluating, left_padded
 from xalign.nn.transformer import TransformerWrapper
@@ -61,7 +62,7 @@ class AutoregressiveWrapper(nn.Module):
         the newest half of the window and goes on. Raises `ValueError` for values out of range.
         """
         sampled = locals()
-        options = {k: v for k, v in sampled.items() if k not in ("self", "beams", "length_penalty", "return_logprobs")}
+        options = {k: v for k, v in sampled.items() if k not in ("self", "beams", "length_penalty")}
         if beams != 1:
             defaults = {**(self.generate.__kwdefaults__ or {}), "temperature": 1.0, "filter_logits_fn": None}
             for name in ("temperature", "filter_logits_fn", "top_k", "top_p", "min_p", "repetition_penalty", "num_samples",
@@ -110,7 +111,7 @@ class AutoregressiveWrapper(nn.Module):
                 top_k: int | Tensor | None = None, top_p: Number | None = None, min_p: Number | None = None,
                 repetition_penalty: Number = 1.0, num_samples: int = 1, stop: Sequence[Sequence[int]] | None = None,
                 seed: int | Tensor | None = None, generator: torch.Generator | None = None,
-                check_every: int | None = None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+                check_every: int | None = None, return_logprobs: bool = False) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Steps of (tokens, logps, live), each (b, s); `live` is True where the token belongs to the row.
 
         The caller takes each step in eval mode under no_grad, so that a reader between two steps has its own modes.
@@ -126,19 +127,23 @@ class AutoregressiveWrapper(nn.Module):
                 if value.shape != (b,):
                     raise ValueError(f"{name} has shape {tuple(value.shape)}, allowed is a number or ({b},)")
                 per_row[name] = value.to(device).repeat_interleave(s)
-        chain = self._chain(per_row, sampling.compose(filter_logits_fn, filter_kwargs), b * s, device)
-        greedy = not isinstance(temperature, Tensor) and temperature == 0
+        penalty = per_row.pop("repetition_penalty")
+        probe = torch.zeros(b * s, 2, device=device)
+        sampling.repetition_penalty(probe, probe.long(), penalty)
+        draw = Draw(per_row, sampling.compose(filter_logits_fn, filter_kwargs), b * s, device)
         keys = sampling.row_keys(self._seed(seed, generator, device), b, s, device)
 
         state = Decoding(self.net, padded.repeat_interleave(s, 0), [n for n in lengths for _ in range(s)], steps, cache_kv)
         start, stops = state.end, StopTokens(eos_token, stop, device)
-        done = torch.zeros(b * s, dtype=torch.bool, device=device)
+        done, nothing = torch.zeros(b * s, dtype=torch.bool, device=device), torch.zeros(b * s, device=device)
         every = check_every or (1 if device.type == "cpu" else CHECK_EVERY)
         for t in range(steps):
             logits = state.logits().float()
-            x = chain(logits, state)
-            token = (x if greedy else x + sampling.gumbel(keys, state.prompt_lengths + t, x.shape[-1])).argmax(-1)
-            logp = logits.log_softmax(-1).gather(-1, token[:, None])[:, 0]
+            x, end = logits, state.end
+            if isinstance(penalty, Tensor) or penalty != 1:
+                x = sampling.repetition_penalty(logits, state.text[:, :end], penalty, state.real[:, :end])
+            token = draw(x, keys, state.prompt_lengths + t)
+            logp = logits.gather(-1, token[:, None])[:, 0] - logits.logsumexp(-1) if return_logprobs else nothing
             state.append(token)
             yield (token.masked_fill(done, self.pad_value).view(b, s), logp.masked_fill(done, 0.0).view(b, s),
                    ~done.view(b, s))
@@ -157,29 +162,6 @@ class AutoregressiveWrapper(nn.Module):
             return seed
         source = device if generator is None else generator.device
         return torch.randint(2**62, (), generator=generator, device=source).to(device)
-
-    @staticmethod
-    def _chain(options: dict[str, Any], filters: list[Callable], rows: int, device: torch.device) -> Callable:
-        """One function (logits, state) -> filtered logits, in the documented order; bad numbers are told here."""
-        order = (("temperature", 1.0), ("top_k", None), ("top_p", None), ("min_p", None))
-        steps = [(getattr(sampling, name), _ARGUMENT[name], options[name]) for name, unchanged in order
-                 if isinstance(options[name], Tensor) or options[name] != unchanged]
-        penalty = options["repetition_penalty"]
-        probe = torch.zeros(rows, 2, device=device)
-        sampling.repetition_penalty(probe, probe.long(), penalty)
-
-        def run(logits: Tensor, state: Decoding | None) -> Tensor:
-            if state is not None and (isinstance(penalty, Tensor) or penalty != 1):
-                end = state.end
-                logits = sampling.repetition_penalty(logits, state.text[:, :end], penalty, state.real[:, :end])
-            for function, argument, value in steps:
-                logits = function(logits, **{argument: value})
-            for function in filters if state is not None else ():
-                logits = function(logits)
-            return logits
-
-        run(probe, None)
-        return run
 
     @torch.no_grad()
     def beam_search(self, prompts: Prompts, seq_len: int, beams: int = 4, eos_token: Ends = None, length_penalty: float = 1.0,
@@ -237,9 +219,6 @@ class AutoregressiveWrapper(nn.Module):
             scores = best_scores.T
             return (chosen[:, 0], scores[:, 0]) if single else (chosen, scores)
         return chosen[0, 0] if single else chosen[0]
-
-
-_ARGUMENT = {"temperature": "t", "top_k": "k", "top_p": "thres", "min_p": "min_p"}
 
 
 def _whole(name: str, value: int, low: int) -> int:
