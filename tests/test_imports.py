@@ -16,6 +16,7 @@ PACKAGE = ROOT / "xalign"
 FLOORS = [
     "errors",
     "sampling stopping logprobs optim distributed hub",
+    "drawing",
     "losses",
     "tokenizer_base",
     "tokenizer_json",
@@ -29,7 +30,7 @@ FLOORS = [
     "data.store",
     "data.toywords",
     "data.toyworld",
-    "nn.rotary",
+    "nn.linear nn.rotary",
     "nn.attention",
     "nn.transformer",
     "nn.decoding",

@@ -11,6 +11,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from xalign.nn.linear import Linear
 from xalign.nn.rotary import rotate
 
 
@@ -129,10 +130,10 @@ class Attention(nn.Module):
                  qk_norm: bool, qkv_bias: bool, out_bias: bool, norm_eps: float):
         super().__init__()
         self.layer, self.heads, self.kv_heads, self.dropout, self.flash = layer, heads, kv_heads, dropout, flash
-        self.to_q = nn.Linear(dim, heads * dim_head, bias=qkv_bias)
-        self.to_k = nn.Linear(dim, kv_heads * dim_head, bias=qkv_bias)
-        self.to_v = nn.Linear(dim, kv_heads * dim_head, bias=qkv_bias)
-        self.to_out = nn.Linear(heads * dim_head, dim, bias=out_bias)
+        self.to_q = Linear(dim, heads * dim_head, bias=qkv_bias)
+        self.to_k = Linear(dim, kv_heads * dim_head, bias=qkv_bias)
+        self.to_v = Linear(dim, kv_heads * dim_head, bias=qkv_bias)
+        self.to_out = Linear(heads * dim_head, dim, bias=out_bias)
         self.q_norm = nn.RMSNorm(dim_head, eps=norm_eps) if qk_norm else None
         self.k_norm = nn.RMSNorm(dim_head, eps=norm_eps) if qk_norm else None
 

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from xalign.errors import ConfigError, reject_unknown
 from xalign.nn.attention import Attention, Cache, Context, DecodeBuffer, Prefix, alibi_slopes
+from xalign.nn.linear import Linear, product
 from xalign.nn.rotary import check_scaling, rotary_angles
 
 # Initial standard deviations: of matrices 1 / sqrt(inputs), of the layers' last ones / sqrt(2 depth) more (Radford et
@@ -41,9 +42,9 @@ class FeedForward(nn.Module):
 
     def __init__(self, dim: int, inner: int, *, glu: bool, act: Callable[[Tensor], Tensor], bias: bool, dropout: float):
         super().__init__()
-        self.gate = nn.Linear(dim, inner, bias=bias) if glu else None
-        self.up = nn.Linear(dim, inner, bias=bias)
-        self.down = nn.Linear(inner, dim, bias=bias)
+        self.gate = Linear(dim, inner, bias=bias) if glu else None
+        self.up = Linear(dim, inner, bias=bias)
+        self.down = Linear(inner, dim, bias=bias)
         self.act = act
         self.dropout = nn.Dropout(dropout)
 
@@ -187,7 +188,7 @@ class TransformerWrapper(nn.Module):
         self.pos_emb = nn.Embedding(max_seq_len, dim) if absolute else None
         self.emb_dropout = nn.Dropout(emb_dropout)
         self.attn_layers = attn_layers
-        self.to_logits = None if tie_embedding else nn.Linear(dim, num_tokens, bias=False)
+        self.to_logits = None if tie_embedding else Linear(dim, num_tokens, bias=False)
         for module, scale in ((self.token_emb, EMBEDDING_SCALE), (self.pos_emb, EMBEDDING_SCALE), (self.to_logits, 1.0)):
             if module is not None:
                 nn.init.normal_(module.weight, std=scale * dim**-0.5)
@@ -243,7 +244,7 @@ class TransformerWrapper(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The head: final hidden states (..., d) -> logits (..., v)."""
-        return F.linear(hidden, self.token_emb.weight if self.to_logits is None else self.to_logits.weight)
+        return product(hidden, self.token_emb.weight if self.to_logits is None else self.to_logits.weight)
 
     @staticmethod
     def _positions(tokens: Tensor, mask: Tensor | None, past: Tensor | None, behind: int) -> tuple[Tensor, Tensor | None]:
