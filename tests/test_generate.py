@@ -12,10 +12,11 @@ from scipy import stats
 from torch import nn
 
 from xalign import AutoregressiveWrapper, sampling
+from xalign.nn.attention import BranchedBuffer
 from xalign.nn.decoding import window_start
 
 SHAPES = {"llama": {}, "grouped": {"attn_kv_heads": 2}, "alibi": {"rotary_pos_emb": False, "alibi_pos_bias": True},
-          "absolute": {"rotary_pos_emb": False}, "qk norm": {"attn_qk_norm": True}}
+          "absolute": {"rotary_pos_emb": False}, "qk norm": {"attn_qk_norm": True}, "window": {"attn_sliding_window": 4}}
 EVERY = pytest.mark.parametrize("options", SHAPES.values(), ids=SHAPES.keys())
 LISTED = [ids(1, n, seed=n)[0] for n in (3, 7, 1, 5)]
 
@@ -356,21 +357,44 @@ def test_no_gradients_and_inputs_untouched():
 
 def test_a_cached_step_runs_one_token_in_place_and_copies_no_cache():
     """trap 14, trap 17: no growth by cat, no whole sequence a step; beams copy only what is theirs."""
-    model, widths, where = tiny_ar(), [], []
+    model, shapes, where = tiny_ar(), [], []
     forward = model.net.forward
 
     def spy(tokens, **kwargs):
-        widths.append(tokens.shape[1])
+        shapes.append(tuple(tokens.shape))
         out = forward(tokens, **kwargs)
-        where.append(tuple(k.data_ptr() for k in kwargs["cache"].keys))
+        where.extend(tuple(k.data_ptr() for k in kwargs[name].keys) for name in kwargs if name == "cache")
         return out
 
     model.net.forward = spy
     model.generate(ids(2, 6), 8)
-    assert widths == [6] + [1] * 7 and len(set(where)) == 1
-    widths.clear(), where.clear()
-    model.beam_search(ids(2, 6), 8, beams=3)
-    assert widths == [6] + [1] * 7 and len(set(where)) == 1
+    assert shapes == [(2, 6)] + [(2, 1)] * 7 and len(set(where)) == 1
+    for several in (lambda: model.beam_search(ids(2, 6), 8, beams=3), lambda: model.generate(ids(2, 6), 8, num_samples=3)):
+        shapes.clear(), where.clear()
+        several()
+        assert shapes == [(2, 6)] + [(6, 1)] * 7 and len(set(where)) == 1, "each prompt runs once"
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@EVERY
+def test_rows_that_share_a_prompt_see_what_each_would_alone(options, padded):
+    model, v = tiny(**(LLAMA | options)), 17
+    prompts, mask = ids(2, 9, v), None
+    if padded:
+        mask = torch.arange(9) >= torch.tensor([0, 4])[:, None]
+    own = ids(6, 5, v, seed=1)
+    with torch.no_grad():
+        _, prefix = model(prompts, mask=mask, return_intermediates=True)
+        buffer = BranchedBuffer(prefix, 6, 5)
+        out = torch.cat([model(own[:, i : i + 1], cache=buffer, input_not_include_cache=True) for i in range(3)], 1)
+        order = torch.tensor([2, 2, 0, 3, 5, 4])
+        buffer.reorder(order)
+        out = torch.cat((out[order], model(own[:, 3:4], cache=buffer, input_not_include_cache=True)), 1)
+        whole = torch.cat((prompts.repeat_interleave(3, 0), torch.cat((own[order, :3], own[:, 3:4]), 1)), 1)
+        real = None if mask is None else torch.cat((mask.repeat_interleave(3, 0), torch.ones(6, 4, dtype=torch.bool)), 1)
+        torch.testing.assert_close(out, model(whole, mask=real)[:, 9:], atol=1e-5, rtol=1e-5)
+        with pytest.raises(ValueError, match="room for 5"):
+            model(own[:, :2], cache=buffer, input_not_include_cache=True)
 
 
 def test_reordering_a_buffer_moves_only_what_differs():

@@ -99,6 +99,55 @@ class DecodeBuffer:
             t[:, :, start : self.length] = t[rows, :, start : self.length]
 
 
+class BranchedBuffer(DecodeBuffer):
+    """A decode buffer of b = p * s rows behind p prefixes, which are held once; each serves s neighbouring rows."""
+
+    def __init__(self, prefix: Prefix, rows: int, capacity: int):
+        p, kv_heads, _, dim_head = prefix.keys[0].shape
+        super().__init__(len(prefix.keys), (rows, kv_heads, capacity, dim_head), prefix.keys[0].dtype, prefix.keys[0].device)
+        keys, values = ([t.contiguous() for t in ts] for ts in (prefix.keys, prefix.values))  # else each step would copy them
+        self.prefix = Prefix(keys, values, prefix.mask, prefix.length)
+        self.own = 0  # tokens of each row in the buffer; `length` counts the prefix too
+        self.length = prefix.length
+        self.mask = None if prefix.mask is None else prefix.mask.repeat_interleave(rows // p, 0)
+
+    def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Write, and give the rows' own keys and values alone; `attend_branched` knows the prefix."""
+        whole, self.length = self.length, self.own
+        try:
+            return super().extend(layer, keys, values)
+        finally:
+            self.length = whole
+
+    def advance(self, mask: Tensor | None, n: int) -> "BranchedBuffer":
+        self.mask, self.length, self.own = mask, self.length + n, self.own + n
+        return self
+
+    def reorder(self, rows: Tensor, start: int = 0) -> None:
+        """Let row i go on from the keys of row `rows[i]`, of the same prefix."""
+        for t in (*self.keys, *self.values):
+            t[:, :, : self.own] = t[rows, :, : self.own]
+
+
+def attend_branched(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, prefix_k: Tensor, prefix_v: Tensor) -> Tensor:
+    """Attention of q (b, h, n, e) to its prefix (p, k, m, e) and its own k, v (b, k, o, e), softmax over both in fp32.
+
+    Rows of one prefix, and heads of one key/value head, become rows of one matrix, so that no key is copied or read twice.
+    """
+    (b, h, n, e), (p, kv_heads, m, _) = q.shape, prefix_k.shape
+    s, g = b // p, h // kv_heads
+    rows = q.reshape(p, s, kv_heads, g * n, e).transpose(1, 2).reshape(p, kv_heads, s * g * n, e)
+    far = (rows @ prefix_k.transpose(-1, -2)).view(p, kv_heads, s, g * n, m).transpose(1, 2).reshape(b, h, n, m)
+    near = (q.reshape(b, kv_heads, g * n, e) @ k.transpose(-1, -2)).view(b, h, n, -1)
+    scores = torch.cat((far, near), -1).float() * e**-0.5
+    if bias is not None:
+        scores = scores.masked_fill(~bias, float("-inf")) if bias.dtype == torch.bool else scores + bias
+    far, near = scores.softmax(-1).to(q.dtype).split((m, near.shape[-1]), -1)
+    far = far.view(p, s, kv_heads, g * n, m).transpose(1, 2).reshape(p, kv_heads, s * g * n, m) @ prefix_v
+    far = far.view(p, kv_heads, s, g * n, e).transpose(1, 2).reshape(b, h, n, e)
+    return far + (near.reshape(b, kv_heads, g * n, -1) @ v).view(b, h, n, e)
+
+
 @dataclass
 class Context:
     """What all layers share in one forward pass."""
@@ -147,7 +196,11 @@ class Attention(nn.Module):
             q, k = rotate(q, context.rotation), rotate(k, context.rotation)
         if context.cache is not None:
             k, v = context.cache.extend(self.layer, k, v)
-        out = self.attend(q, k, v, context)
+        if isinstance(context.cache, BranchedBuffer):
+            prefix = context.cache.prefix
+            out = attend_branched(q, k, v, context.bias, prefix.keys[self.layer], prefix.values[self.layer])
+        else:
+            out = self.attend(q, k, v, context)
         return self.to_out(rearrange(out, "b h n e -> b n (h e)"))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:

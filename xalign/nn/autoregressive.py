@@ -133,7 +133,7 @@ class AutoregressiveWrapper(nn.Module):
         draw = Draw(per_row, sampling.compose(filter_logits_fn, filter_kwargs), b * s, device)
         keys = sampling.row_keys(self._seed(seed, generator, device), b, s, device)
 
-        state = Decoding(self.net, padded.repeat_interleave(s, 0), [n for n in lengths for _ in range(s)], steps, cache_kv)
+        state = Decoding(self.net, padded, lengths, steps, cache_kv, copies=s)
         start, stops = state.end, StopTokens(eos_token, stop, device)
         done, nothing = torch.zeros(b * s, dtype=torch.bool, device=device), torch.zeros(b * s, device=device)
         every = check_every or (1 if device.type == "cpu" else CHECK_EVERY)
@@ -180,7 +180,7 @@ class AutoregressiveWrapper(nn.Module):
         padded, lengths = left_padded(prompts, prompt_lens, device)
         b, stops = len(lengths), StopTokens(eos_token, None, device)
         candidates = min(max(2, 1 + len(stops.eos)) * w, w * v)
-        state = Decoding(net, padded.repeat_interleave(w, 0), [n for n in lengths for _ in range(w)], steps, cache_kv)
+        state = Decoding(net, padded, lengths, steps, cache_kv, copies=w)
         neg_inf = float("-inf")
         live_scores = torch.full((b, w), neg_inf, device=device)
         live_scores[:, 0] = 0.0

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from xalign.nn.attention import DecodeBuffer
+from xalign.nn.attention import BranchedBuffer, DecodeBuffer
 from xalign.nn.transformer import TransformerWrapper
 
 Prompts = Tensor | Sequence[Tensor]
@@ -61,36 +61,47 @@ def window_start(length: int, size: int) -> int:
 
 
 class Decoding:
-    """Rows of real tokens behind left padding, `text[:, :end]`; gives the logits of the next token of each."""
+    """Rows of real tokens behind left padding, `text[:, :end]`; gives the logits of the next token of each.
 
-    def __init__(self, net: TransformerWrapper, prompts: Tensor, lengths: list[int], steps: int, cached: bool = True):
-        self.net, self.lengths, self.cached = net, lengths, cached
+    Each of p prompts is continued by `copies` neighbouring rows, which hold its cache once while the window stands still.
+    """
+
+    def __init__(self, net: TransformerWrapper, prompts: Tensor, lengths: list[int], steps: int, cached: bool = True,
+                 copies: int = 1):
+        self.net, self.cached, self.copies = net, cached, copies
+        prompts, self.lengths = prompts.repeat_interleave(copies, 0), [n for n in lengths for _ in range(copies)]
         self.first_width = self.end = prompts.shape[1]
         self.final = self.end + steps
         self.text = torch.cat((prompts, prompts.new_zeros(prompts.shape[0], steps)), 1)
         self.columns = torch.arange(self.final, device=prompts.device)
-        self.paddings = [self.end - n for n in lengths]
+        self.paddings = [self.end - n for n in self.lengths]
         self.real = self.columns >= torch.tensor(self.paddings, device=prompts.device)[:, None]
         # the number of real tokens in each row before the first step, on the device
-        self.prompt_lengths = torch.tensor(lengths, device=prompts.device)
+        self.prompt_lengths = torch.tensor(self.lengths, device=prompts.device)
         self.buffer: DecodeBuffer | None = None
-        self.starts: list[int] = []
+        self.until = -1  # the last number of written tokens with which no row's window moves
 
     def logits(self) -> Tensor:
         """Logits (b, v) of the next token; the model runs on the newest token, or on the window where it moved."""
         written = self.end - self.first_width
-        size = self.net.max_seq_len
-        starts = [window_start(n + written, size) + pad for n, pad in zip(self.lengths, self.paddings, strict=True)]
-        if self.buffer is not None and starts == self.starts:
+        if self.buffer is not None and written <= self.until:
             return self.net(self.text[:, self.end - 1 : self.end], cache=self.buffer, input_not_include_cache=True)[:, -1]
+        first, self.buffer, size = self.until < 0, None, self.net.max_seq_len
+        own = [window_start(n + written, size) for n in self.lengths]
+        self.until = min(start + size - n for start, n in zip(own, self.lengths, strict=True))
+        starts = [start + pad for start, pad in zip(own, self.paddings, strict=True)]
         low = min(starts)
         tokens, mask = self.text[:, low : self.end], None
         if any(s != low for s in starts):
             mask = self.columns[low : self.end] >= torch.tensor(starts, device=tokens.device)[:, None]
+        self.shared, capacity = tokens.shape[1] if first else 0, min(size, self.final - low)
+        if first and self.cached and self.copies > 1:
+            mask = None if mask is None else mask[:: self.copies]
+            hidden, prefix = self.net(tokens[:: self.copies], mask=mask, return_intermediates=True, return_embeddings=True)
+            self.buffer = BranchedBuffer(prefix, len(tokens), max(0, capacity - tokens.shape[1]))
+            return self.net.logits(hidden[:, -1]).repeat_interleave(self.copies, 0)
         if self.cached:
-            self.shared = tokens.shape[1] if not self.starts else 0
-            self.buffer = self.net.decode_buffer(len(tokens), min(size, self.final - low))
-        self.starts = starts
+            self.buffer = self.net.decode_buffer(len(tokens), capacity)
         hidden = self.net(tokens, mask=mask, cache=self.buffer, input_not_include_cache=True, return_embeddings=True)
         return self.net.logits(hidden[:, -1])
 
