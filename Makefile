@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install -q --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-slow lint bench clean
+.PHONY: demo test test-slow lint bench bench-decode clean
 
 demo: $(VENV)/.installed
 	$(RUN) train_dpo.py --config data/demo.json --output-dir runs/demo $(ARGS)
@@ -21,6 +21,9 @@ lint: $(VENV)/.installed-dev
 
 bench: $(VENV)/.installed-dev
 	$(RUN) benchmarks/bench.py $(ARGS)
+
+bench-decode: $(VENV)/.installed-dev
+	$(RUN) benchmarks/decode.py $(ARGS)
 
 $(VENV)/.installed: setup.py constraints.txt
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
