@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from xalign.nn.linear import FEW, Linear, product
 
 
-@pytest.mark.parametrize("shape", [(1, 40), (1, 1, 40), (2, 40), (3, 1, 40), (FEW, 40), (FEW + 1, 40), (0, 40), (2, 0, 40), (40,)])
+@pytest.mark.parametrize("shape", [(1, 40), (1, 1, 40), (2, 40), (3, 1, 40), (FEW, 40), (FEW + 1, 40), (0, 40), (2, 0, 40),
+                                   (40,)])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_product_is_linear(shape, bias, dtype):
