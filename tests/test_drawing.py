@@ -56,6 +56,14 @@ def test_a_row_draws_alike_whatever_its_mates(kind, seed, data):
         assert Draw(own, [], 1, mixed.device)(mixed[i : i + 1], keys[i : i + 1], position[i : i + 1]) == together[i]
 
 
+def test_odd_values_in_tensors_are_clamped():
+    x, keys = 5 * torch.randn(5, 3000), sampling.row_keys(0, 5)
+    top_k = torch.tensor([float("nan"), float("inf"), -3.0, 2.5, 1e9])
+    draw = Draw(OPTIONS | {"top_k": top_k, "top_p": torch.full((5,), 0.9)}, [], 5, x.device)
+    expected = (draw.filtered(x) + sampling.gumbel(keys, torch.zeros(5, dtype=torch.long), 3000)).argmax(-1)
+    assert torch.equal(draw(x, keys, torch.zeros(5, dtype=torch.long)), expected)
+
+
 @pytest.mark.parametrize("v", [64, 4096, 4100, 32_000])
 @pytest.mark.parametrize("k", [1, 10, 51, NUCLEUS + 1])
 def test_largest_is_topk_with_ties_by_the_lower_index(v, k):

@@ -64,8 +64,7 @@ class Draw:
         """The largest logits (b, k) of each row, scaled and -inf where filtered out, their tokens, and whether that is all."""
         v = logits.shape[-1]
         top_k, top_p, min_p = (self.options.get(name) for name in ("top_k", "top_p", "min_p"))
-        k = NUCLEUS if top_k is None else min(int(top_k.max() if isinstance(top_k, Tensor) else top_k), NUCLEUS)
-        k = min(max(k, 1) + 1, v)
+        k = min(1 + int(NUCLEUS if top_k is None else sampling.per_row(top_k, logits, 1, NUCLEUS).max()), v)
         values, index = largest(logits, k)
         column, first = torch.arange(k, device=logits.device), values[:, :1]
         t = sampling.per_row(self.options.get("temperature", 1.0), logits, 0.0, torch.finfo(torch.float32).max)
@@ -73,7 +72,7 @@ class Draw:
         scaled = scaled.masked_fill((t == 0) & (column > 0), NEG_INF)
         kept = torch.ones_like(scaled, dtype=torch.bool)
         if top_k is not None:
-            limit = sampling.per_row(top_k, logits, 1, v)
+            limit = sampling.per_row(top_k, logits, 1, v).trunc()
             kept = kept & (column < limit)
             scaled = scaled.masked_fill(~kept, NEG_INF)
         if top_p is not None:

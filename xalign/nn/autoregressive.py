@@ -127,7 +127,7 @@ class AutoregressiveWrapper(nn.Module):
                 if value.shape != (b,):
                     raise ValueError(f"{name} has shape {tuple(value.shape)}, allowed is a number or ({b},)")
                 per_row[name] = value.to(device).repeat_interleave(s)
-        penalty = per_row.pop("repetition_penalty")
+        penalty: Any = per_row.pop("repetition_penalty")
         probe = torch.zeros(b * s, 2, device=device)
         sampling.repetition_penalty(probe, probe.long(), penalty)
         draw = Draw(per_row, sampling.compose(filter_logits_fn, filter_kwargs), b * s, device)
