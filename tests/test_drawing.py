@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from conftest import ids, llama, tiny_ar
 from hypothesis import given
 from hypothesis import strategies as st
 
 from xalign import sampling
-from xalign.drawing import NUCLEUS, Draw, largest
+from xalign.drawing import NUCLEUS, Draw, Penalties, largest
 
 OPTIONS = {"temperature": 1.0, "top_k": None, "top_p": None, "min_p": None}
 
@@ -81,3 +82,62 @@ def test_the_short_way_settles_what_language_models_give():
     for more in ({"top_p": 0.9}, {"top_k": 50, "top_p": 0.9, "min_p": 0.05}, {"min_p": 0.1}):
         assert bool(Draw(OPTIONS | more, [], 8, x.device).survivors(x)[2].all()), more
     assert not bool(Draw(OPTIONS | {"top_p": 0.9}, [], 8, x.device).survivors(torch.zeros(8, 32_000))[2].any())
+
+
+# ---- penalties
+
+
+def test_penalties_by_hand():
+    eos, text = torch.tensor([4]), torch.tensor([[0, 0, 1, 2, 1, 0], [3, 3, 3, 1, 3, 0]])
+    real = torch.tensor([[False, True, True, True, True, True], [True] * 6])
+    penalise = Penalties(5, text.device, eos, repetition=2.0, presence=0.5, frequency=torch.tensor([0.25, 1.0]),
+                         logit_bias={0: 3.0, 2: float("-inf")}, bad_words=[[3], [2, 1, 0]], min_new_tokens=4)
+    out = penalise(torch.tensor([[1.0, 2.0, 3.0, 4.0, 5.0], [1.0, -2.0, 3.0, 4.0, 5.0]]), text, real, 2, 5)
+    inf = float("inf")
+    # row 0: 0, 1 and 2 were seen; 1 twice and 2 once were generated; 2 1 would be completed by 0; the end may not come yet
+    assert out.tolist() == [[-inf, 2 / 2 - 0.5 - 0.5, -inf, -inf, -inf], [1.0 + 3, -4 - 0.5 - 1, -inf, -inf, -inf]]
+    assert penalise(torch.ones(2, 5), text, real, 2, 6)[1, 4] == 1, "after four tokens the end may come"
+
+
+def test_penalties_that_say_nothing_are_none():
+    assert not Penalties(5, torch.device("cpu"), torch.tensor([4]))
+    assert Penalties(5, torch.device("cpu"), torch.tensor([4]), frequency=-0.1)
+
+
+@pytest.mark.parametrize("options", [{"logit_bias": {5: 1.0}}, {"logit_bias": {"a": 1.0}}, {"logit_bias": {0: float("nan")}},
+                                     {"logit_bias": torch.zeros(4)}, {"logit_bias": {0: float("inf")}}, {"bad_words": [[]]},
+                                     {"bad_words": [[7]]}, {"bad_words": [[0], [1], [2], [3], [4]]}, {"presence": float("nan")},
+                                     {"logit_bias": torch.full((5,), float("-inf"))}, {"frequency": float("inf")}])
+def test_bad_penalties_are_told(options):
+    with pytest.raises(ValueError, match="allowed"):
+        Penalties(5, torch.device("cpu"), torch.tensor([4]), **options)
+
+
+def test_bad_words_and_least_length_equal_transformers():
+    theirs, ours = llama()
+    from xalign import AutoregressiveWrapper
+
+    words, prompt = [[3], [5, 6], [1, 2, 3], [9, 9]], ids(4, 5)
+    free = AutoregressiveWrapper(ours).generate(prompt, 12, temperature=0)
+    words += [free[i, 2:4].tolist() for i in range(4)]
+    options = {"max_new_tokens": 12, "min_new_tokens": 6, "do_sample": False, "eos_token_id": int(free[0, 1]),
+               "pad_token_id": 0, "bad_words_ids": words, "repetition_penalty": 1.3, "sequence_bias": [[[7], 2.5], [[8], -3.0]]}
+    expected = theirs.generate(prompt, attention_mask=torch.ones_like(prompt), **options)[:, 5:]
+    out = AutoregressiveWrapper(ours).generate(prompt, 12, temperature=0, eos_token=int(free[0, 1]), bad_words=words,
+                                               min_new_tokens=6, repetition_penalty=1.3, logit_bias={7: 2.5, 8: -3.0})
+    assert torch.equal(out, expected) and not torch.equal(out, free[:, : out.shape[1]])
+
+
+def test_frequency_penalty_ends_repetition():
+    model = tiny_ar()
+    plain = model.generate(ids(1, 3), 30, temperature=0)[0]
+    spread = model.generate(ids(1, 3), 30, temperature=0, frequency_penalty=50.0)[0]
+    assert len(set(spread.tolist())) == 17 > len(set(plain.tolist()))
+    samples = model.generate(ids(2, 3), 17, num_samples=2, presence_penalty=torch.tensor([1e4, 0.0]), seed=0)
+    assert all(len(set(row.tolist())) == 17 for row in samples[0])
+
+
+def test_beams_take_no_penalties():
+    for option in ({"presence_penalty": 1.0}, {"bad_words": [[1]]}, {"min_new_tokens": 2}, {"logit_bias": torch.zeros(17)}):
+        with pytest.raises(ValueError, match="beams is 2"):
+            tiny_ar().generate(ids(1, 3), 4, beams=2, **option)

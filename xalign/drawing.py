@@ -1,8 +1,8 @@
-"""The draw of a decoding loop: the operations of `sampling` in their documented order, at the cost of the tokens that survive.
+"""The draw of a decoding loop, and the penalties before it, at the cost of the tokens that survive.
 
-Top-k, top-p and min-p keep few tokens, so only the few largest logits are looked at, and noise is made for those alone. Where
-they don't settle a row (a nucleus wider than `NUCLEUS`, a tie at the border) that row takes the long way; which way a row
-takes depends on its own logits only. The short way reads a flag on the host, which costs nothing on a CPU; elsewhere
+The draw is what `sampling`'s operations give one after the other. Top-k, top-p and min-p keep few tokens, so only the few
+largest logits are looked at, and noise is made for those alone. Where they don't settle a row (a nucleus wider than `NUCLEUS`, a tie at the border) that row takes the long way; which way a
+row takes depends on its own logits only. The short way reads a flag on the host, which costs nothing on a CPU; elsewhere
 every row takes the long way, which never does.
 """
 
@@ -13,11 +13,80 @@ import torch
 from torch import Tensor
 
 from xalign import sampling
+from xalign.errors import ConfigError
 from xalign.sampling import NEG_INF, ROUNDING
 
 BLOCK, NUCLEUS = 64, 512
 ARGUMENT = {"temperature": "t", "top_k": "k", "top_p": "thres", "min_p": "min_p"}
 UNCHANGED = {"temperature": 1.0, "top_k": None, "top_p": None, "min_p": None}
+
+
+class Penalties:
+    """What changes the logits before the draw, by the text so far: logits (b, v), tokens (b, n) -> logits.
+
+    In this order, transformers': `logit_bias` (a dict of token ids, or (v,)), repetition penalty (prompt included), presence
+    and frequency penalties (generated tokens alone), `bad_words` (id sequences that are never completed), and no `eos`
+    before `min_new_tokens`. Bad values are told at once. Raises `ConfigError` where they leave a row no token.
+    """
+
+    def __init__(self, v: int, device: torch.device, eos: Tensor, *, repetition: Any = 1.0, presence: Any = 0.0,
+                 frequency: Any = 0.0, logit_bias: Any = None, bad_words: Any = None, min_new_tokens: int = 0):
+        probe = torch.zeros(1 if not isinstance(repetition, Tensor) else max(1, repetition.numel()), 2, device=device)
+        sampling.repetition_penalty(probe, probe.long(), repetition)
+        numbers = [0.0 if isinstance(p, Tensor) else p for p in (presence, frequency)]
+        sampling.count_penalty(probe[:1], probe[:1].long(), numbers[0], numbers[1])
+        self.repetition, self.presence, self.frequency = repetition, presence, frequency
+        self.repeats = isinstance(repetition, Tensor) or repetition != 1
+        self.counts = any(isinstance(p, Tensor) or p != 0 for p in (presence, frequency))
+        self.bias = None if logit_bias is None else _bias(logit_bias, v, device)
+        words = [[int(t) for t in word] for word in bad_words or []]
+        if any(not word or not all(0 <= t < v for t in word) for word in words):
+            raise ConfigError(f"bad_words is {bad_words!r}, allowed are sequences of token ids from 0 to {v - 1}")
+        self.words = [torch.tensor(word, device=device) for word in words]
+        self.eos, self.least = eos[(eos >= 0) & (eos < v)], min_new_tokens
+        gone = {word[0] for word in words if len(word) == 1} | (set(self.eos.tolist()) if min_new_tokens else set())
+        if self.bias is not None:
+            gone |= set((self.bias == NEG_INF).nonzero()[:, 0].tolist())
+        if len(gone) >= v:
+            raise ConfigError("logit_bias, bad_words and min_new_tokens leave no token, allowed is at least one")
+
+    def __bool__(self) -> bool:
+        return self.repeats or self.counts or self.bias is not None or bool(self.words) or self.least > 0
+
+    def __call__(self, logits: Tensor, text: Tensor, real: Tensor, start: int, end: int) -> Tensor:
+        """Penalise; row i's text is `text[i, :end]` where `real`, generated from column `start` on."""
+        if self.bias is not None:
+            logits = logits + self.bias
+        if self.repeats:
+            logits = sampling.repetition_penalty(logits, text[:, :end], self.repetition, real[:, :end])
+        if self.counts and end > start:
+            logits = sampling.count_penalty(logits, text[:, start:end], self.presence, self.frequency)
+        for word in self.words:
+            n = len(word) - 1
+            if n <= end:
+                last = slice(end - n, end)
+                complete = ((text[:, last] == word[:-1]) & real[:, last]).all(-1)
+                logits = torch.where(complete[:, None] & (torch.arange(logits.shape[-1], device=text.device) == word[-1]),
+                                     NEG_INF, logits)
+        if end - start < self.least:
+            logits = logits.index_fill(-1, self.eos, NEG_INF)
+        return logits
+
+
+def _bias(given: Any, v: int, device: torch.device) -> Tensor:
+    """A logit bias (v,) from a dict of token ids or a tensor; -inf bans a token."""
+    bias = torch.zeros(v, device=device)
+    if isinstance(given, Tensor):
+        bias = given.to(device, torch.float32)
+    else:
+        for token, value in given.items():
+            if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < v:
+                raise ConfigError(f"logit_bias names token {token!r}, allowed is a whole number from 0 to {v - 1}")
+            bias[token] = value
+    if bias.shape != (v,) or not bool(((bias == NEG_INF) | bias.isfinite()).all()):
+        raise ConfigError(f"logit_bias has shape {tuple(bias.shape)} or a value that is +inf or NaN, allowed is ({v},), "
+                          "finite or -inf")
+    return bias
 
 
 class Draw:

@@ -140,6 +140,23 @@ def repetition_penalty(logits: Tensor, tokens: Tensor, penalty: float | Tensor, 
     return torch.where((counts > 0) & x.isfinite(), penalised, x).to(logits.dtype)
 
 
+def count_penalty(logits: Tensor, tokens: Tensor, presence: float | Tensor = 0.0, frequency: float | Tensor = 0.0,
+                  mask: Tensor | None = None) -> Tensor:
+    """Subtract `presence` from the logits of the `tokens` (..., n) seen, and `frequency` times how often they were.
+
+    As OpenAI's API defines them; `mask` (..., n) is True where tokens count, 0 changes nothing.
+    """
+    for name, value in (("presence_penalty", presence), ("frequency_penalty", frequency)):
+        if not isinstance(value, Tensor):
+            _scalar(name, value, -1e30, 1e30, "a finite number")
+    counts = torch.zeros_like(logits, dtype=torch.float32)
+    counts = counts.scatter_add(-1, tokens, torch.ones_like(tokens, dtype=torch.float32) if mask is None else mask.float())
+    less = per_row(presence, logits, -1e30, 1e30) * (counts > 0) + per_row(frequency, logits, -1e30, 1e30) * counts
+    big = torch.finfo(logits.dtype).max
+    x = logits.float()
+    return torch.where((counts > 0) & x.isfinite(), (x - less).clamp(-big, big), x).to(logits.dtype)
+
+
 FILTERS: dict[str, Callable[..., Tensor]] = {
     "top_k": top_k, "top_p": top_p, "min_p": min_p, "top_a": top_a, "temperature": temperature,
 }

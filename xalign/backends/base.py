@@ -23,6 +23,12 @@ class SamplingParams:
     """Keep tokens at least this many times as likely as the likeliest."""
     repetition_penalty: float = 1.0
     """Divide the logits of tokens seen; 1 changes nothing."""
+    presence_penalty: float = 0.0
+    """Subtract this from the logits of tokens written already."""
+    frequency_penalty: float = 0.0
+    """Subtract this, times how often, from the logits of tokens written already."""
+    min_new_tokens: int = 0
+    """Tokens of a completion before its end may come."""
     max_new_tokens: int = 256
     """Length of a completion at most."""
     n: int = 1
@@ -38,7 +44,8 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         limits = {"temperature": (0, math.inf), "top_p": (0, 1), "min_p": (0, 1), "repetition_penalty": (1e-6, math.inf),
-                  "top_k": (1, math.inf), "max_new_tokens": (0, math.inf), "n": (1, math.inf), "beams": (1, math.inf)}
+                  "presence_penalty": (-1e30, math.inf), "frequency_penalty": (-1e30, math.inf), "top_k": (1, math.inf),
+                  "max_new_tokens": (0, math.inf), "min_new_tokens": (0, math.inf), "n": (1, math.inf), "beams": (1, math.inf)}
         for name, (low, high) in limits.items():
             value = getattr(self, name)
             if value is not None and not (low <= value <= high and value < math.inf):
@@ -46,7 +53,8 @@ class SamplingParams:
                 raise ConfigError(f"{name} is {value}, allowed is a number {allowed}")
         if self.beams > 1:
             plain = SamplingParams(max_new_tokens=self.max_new_tokens)
-            for name in ("top_k", "top_p", "min_p", "repetition_penalty", "n", "stop", "seed"):
+            for name in ("top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
+                         "min_new_tokens", "n", "stop", "seed"):
                 if getattr(self, name) != getattr(plain, name):
                     raise ConfigError(f"beams is {self.beams} and {name} is {getattr(self, name)}, allowed is one of them")
             if self.temperature not in (0, 1):

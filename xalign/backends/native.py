@@ -16,7 +16,8 @@ from xalign.nn.transformer import TransformerWrapper
 from xalign.stopping import StopStrings, Utf8Stream
 from xalign.tokenizers import Tokenizer
 
-DRAWING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+DRAWING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
+           "min_new_tokens")
 
 
 class NativeBackend:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from xalign import sampling
-from xalign.drawing import Draw
+from xalign.drawing import Draw, Penalties
 from xalign.logprobs import scored_logprobs
 from xalign.nn.decoding import Decoding, Prompts, evaluating, left_padded
 from xalign.nn.transformer import TransformerWrapper
@@ -47,15 +47,19 @@ class AutoregressiveWrapper(nn.Module):
                  prompt_lens: Tensor | Sequence[int] | None = None, filter_logits_fn: Any = None,
                  filter_kwargs: dict | Sequence[dict] = {}, cache_kv: bool = True, *,  # noqa: B006
                  top_k: int | Tensor | None = None, top_p: Number | None = None, min_p: Number | None = None,
-                 repetition_penalty: Number = 1.0, num_samples: int = 1, beams: int = 1, length_penalty: float = 1.0,
+                 repetition_penalty: Number = 1.0, presence_penalty: Number = 0.0, frequency_penalty: Number = 0.0,
+                 logit_bias: dict[int, float] | Tensor | None = None, bad_words: Sequence[Sequence[int]] | None = None,
+                 min_new_tokens: int = 0, num_samples: int = 1, beams: int = 1, length_penalty: float = 1.0,
                  stop: Sequence[Sequence[int]] | None = None, seed: int | Tensor | None = None,
                  generator: torch.Generator | None = None, return_logprobs: bool = False) -> Any:
         """New tokens only, (b, m), m <= seq_len the longest row with its end; behind a row's end stands `pad_value`.
 
         `prompts` are (b, n) (right-padded where `prompt_lens` is given), (n,) -> (m,), or a list of 1-D tensors.
         A row ends with a generated `eos_token` (kept) or when its generated tokens end with a sequence of `stop` (kept).
-        Order: repetition penalty, temperature (0 is greedy), top-k, top-p, min-p, `filter_logits_fn` (a name, a function
-        or a list, each with its `filter_kwargs`), on fp32 logits; numbers, or tensors (b,) with a value a row.
+        Order: `logit_bias` (by token id, or (v,)), repetition, presence and frequency penalty, `bad_words` (id sequences
+        that are never completed), no end before `min_new_tokens`; then temperature (0 is greedy), top-k, top-p, min-p,
+        `filter_logits_fn` (a name, a function or a list, each with its `filter_kwargs`), on fp32 logits; numbers, or
+        tensors (b,) with a value a row.
         `num_samples` > 1 gives (b, num_samples, m). Draws depend on the seed, the row and the position alone; `seed` is
         an int, (b,) ints, or None for one from `generator` or torch's own. `return_logprobs` gives (tokens, logps): nats
         under the unfiltered model at temperature 1, 0 behind the end. A text that outgrows `max_seq_len` is cut to
@@ -65,7 +69,8 @@ class AutoregressiveWrapper(nn.Module):
         options = {k: v for k, v in sampled.items() if k not in ("self", "beams", "length_penalty")}
         if beams != 1:
             defaults = {**(self.generate.__kwdefaults__ or {}), "temperature": 1.0, "filter_logits_fn": None}
-            for name in ("temperature", "filter_logits_fn", "top_k", "top_p", "min_p", "repetition_penalty", "num_samples",
+            for name in ("temperature", "filter_logits_fn", "top_k", "top_p", "min_p", "repetition_penalty",
+                         "presence_penalty", "frequency_penalty", "logit_bias", "bad_words", "min_new_tokens", "num_samples",
                          "stop", "seed", "generator", "return_logprobs"):
                 if isinstance(sampled[name], Tensor) or sampled[name] != defaults[name]:
                     raise ValueError(f"beams is {beams} and {name} is given, allowed is one of them")
@@ -109,7 +114,9 @@ class AutoregressiveWrapper(nn.Module):
                 prompt_lens: Tensor | Sequence[int] | None = None, filter_logits_fn: Any = None,
                 filter_kwargs: dict | Sequence[dict] = {}, cache_kv: bool = True, *,  # noqa: B006
                 top_k: int | Tensor | None = None, top_p: Number | None = None, min_p: Number | None = None,
-                repetition_penalty: Number = 1.0, num_samples: int = 1, stop: Sequence[Sequence[int]] | None = None,
+                repetition_penalty: Number = 1.0, presence_penalty: Number = 0.0, frequency_penalty: Number = 0.0,
+                logit_bias: dict[int, float] | Tensor | None = None, bad_words: Sequence[Sequence[int]] | None = None,
+                min_new_tokens: int = 0, num_samples: int = 1, stop: Sequence[Sequence[int]] | None = None,
                 seed: int | Tensor | None = None, generator: torch.Generator | None = None,
                 check_every: int | None = None, return_logprobs: bool = False) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Steps of (tokens, logps, live), each (b, s); `live` is True where the token belongs to the row.
@@ -121,27 +128,27 @@ class AutoregressiveWrapper(nn.Module):
         b, s = len(lengths), _whole("num_samples", num_samples, 1)
         steps = _whole("seq_len", seq_len, 0)
         per_row = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
-                   "repetition_penalty": repetition_penalty}
+                   "repetition_penalty": repetition_penalty, "presence_penalty": presence_penalty,
+                   "frequency_penalty": frequency_penalty}
         for name, value in per_row.items():
             if isinstance(value, Tensor) and value.ndim:
                 if value.shape != (b,):
                     raise ValueError(f"{name} has shape {tuple(value.shape)}, allowed is a number or ({b},)")
                 per_row[name] = value.to(device).repeat_interleave(s)
-        penalty: Any = per_row.pop("repetition_penalty")
-        probe = torch.zeros(b * s, 2, device=device)
-        sampling.repetition_penalty(probe, probe.long(), penalty)
+        stops = StopTokens(eos_token, stop, device)
+        penalise = Penalties(self.net.num_tokens, device, stops.eos, logit_bias=logit_bias, bad_words=bad_words,
+                             min_new_tokens=_whole("min_new_tokens", min_new_tokens, 0),
+                             **{name: per_row.pop(f"{name}_penalty") for name in ("repetition", "presence", "frequency")})
         draw = Draw(per_row, sampling.compose(filter_logits_fn, filter_kwargs), b * s, device)
         keys = sampling.row_keys(self._seed(seed, generator, device), b, s, device)
 
         state = Decoding(self.net, padded, lengths, steps, cache_kv, copies=s)
-        start, stops = state.end, StopTokens(eos_token, stop, device)
+        start = state.end
         done, nothing = torch.zeros(b * s, dtype=torch.bool, device=device), torch.zeros(b * s, device=device)
         every = check_every or (1 if device.type == "cpu" else CHECK_EVERY)
         for t in range(steps):
             logits = state.logits().float()
-            x, end = logits, state.end
-            if isinstance(penalty, Tensor) or penalty != 1:
-                x = sampling.repetition_penalty(logits, state.text[:, :end], penalty, state.real[:, :end])
+            x = penalise(logits, state.text, state.real, start, state.end) if penalise else logits
             token = draw(x, keys, state.prompt_lengths + t)
             logp = logits.gather(-1, token[:, None])[:, 0] - logits.logsumexp(-1) if return_logprobs else nothing
             state.append(token)
