@@ -1,9 +1,9 @@
 """The draw of a decoding loop, and the penalties before it, at the cost of the tokens that survive.
 
 The draw is what `sampling`'s operations give one after the other. Top-k, top-p and min-p keep few tokens, so only the few
-largest logits are looked at, and noise is made for those alone. Where they don't settle a row (a nucleus wider than `NUCLEUS`, a tie at the border) that row takes the long way; which way a
-row takes depends on its own logits only. The short way reads a flag on the host, which costs nothing on a CPU; elsewhere
-every row takes the long way, which never does.
+largest logits are looked at, and noise is made for those alone. Where they don't settle a row (a nucleus wider than
+`NUCLEUS`, a tie at the border) that row takes the long way; which way a row takes depends on its own logits only. The short
+way reads a flag on the host, which costs nothing on a CPU; elsewhere every row takes the long way, which never does.
 """
 
 from collections.abc import Callable
