@@ -19,7 +19,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # glibc keeps freed blocks of less than 32 MB for itself, as much as 300 MB here; what is asked of it is what is computed
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "200000", "MALLOC_TRIM_THRESHOLD_": "200000"}
 MEASURE = """
-import json, resource, sys, tempfile
+import json, re, sys, tempfile
+from pathlib import Path
 import torch
 from xalign import DPO, Decoder, TransformerWrapper
 from xalign.data.collate import EncodedPair, collate_pairs
@@ -45,8 +46,8 @@ def run(model, pairs, length, known):
     with tempfile.TemporaryDirectory() as folder:
         train(model, objective, lambda step: [batch] * (1 + options.get("accumulates", False)), 3, 3, loop, RunFolder(folder))
 
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def peak():  # not getrusage's ru_maxrss: that begins with what the parent process had
+    return int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 
 run(build(16, 1, 2, 2, 32), 2, 16, False)  # loads what every run loads
 before = peak()
