@@ -244,7 +244,8 @@ class TransformerWrapper(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The head: final hidden states (..., d) -> logits (..., v)."""
-        return product(hidden, self.token_emb.weight if self.to_logits is None else self.to_logits.weight)
+        # contiguous, for the sampler: of few rows the product is a transposed view
+        return product(hidden, self.token_emb.weight if self.to_logits is None else self.to_logits.weight).contiguous()
 
     @staticmethod
     def _positions(tokens: Tensor, mask: Tensor | None, past: Tensor | None, behind: int) -> tuple[Tensor, Tensor | None]:
