@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
-"""`make bench`: decoding and preference training against peers, as ratios within this process.
+"""`make bench`: preference training against peers, as ratios within this process.
 
 Protocol: same weights, parity first, runs interleaved, medians; a figure above 1 says how many times faster xalign is.
-Shapes are Llama's, fp32. This is the first, small table; the full protocols come with `bench-decode` and `bench-train`.
+Shapes are Llama's, fp32. This is a first, small table: the full protocol comes with `bench-train`; `make bench-decode` is the
+one of decoding.
 """
 
 import argparse
@@ -17,7 +18,7 @@ import torch
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from xalign import DPO, AutoregressiveWrapper, TransformerWrapper, hf
+from xalign import DPO, TransformerWrapper, hf
 from xalign.logprobs import sequence_logprobs
 
 RESULTS = Path(__file__).parent / "results"
@@ -45,27 +46,6 @@ def pair(depth: int, vocab: int) -> tuple[TransformerWrapper, LlamaForCausalLM]:
     tensors = theirs.state_dict()
     ours.load_state_dict({e.ours[0]: tensors[e.file] for e in layout.entries})
     return ours.eval(), theirs
-
-
-def decode(depth: int, vocab: int, rows: int, steps: int, repeats: int) -> dict:
-    """Seconds a greedy step: the difference of two lengths, so that the prompt's pass cancels."""
-    ours, theirs = pair(depth, vocab)
-    wrapper, prompt = AutoregressiveWrapper(ours), torch.randint(vocab, (rows, 32))
-
-    def us(n: int) -> torch.Tensor:
-        return wrapper.generate(prompt, n, temperature=0.0)
-
-    def peer(n: int) -> torch.Tensor:
-        return theirs.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=n, min_new_tokens=n,
-                               do_sample=False, pad_token_id=0)[:, 32:]
-
-    assert torch.equal(us(steps), peer(steps)), "greedy tokens differ"
-    short = steps // 4
-    seconds = interleaved({"xalign": lambda: us(steps), "transformers": lambda: peer(steps),
-                           "xalign short": lambda: us(short), "transformers short": lambda: peer(short)}, repeats)
-    ms = {name: 1e3 * (seconds[name] - seconds[f"{name} short"]) / (steps - short) for name in ("xalign", "transformers")}
-    what = f"greedy step, {depth} x 512, V = {vocab}, B = {rows}"
-    return {"what": what, "ms": ms, "ratio": ms["transformers"] / ms["xalign"]}
 
 
 def preference(depth: int, vocab: int, prompt: int, completion: int, pairs: int, repeats: int) -> dict:
@@ -105,8 +85,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    rows = [decode(12, 32_000, b, 64, options.repeats) for b in (1, 8)]
-    rows += [preference(4, 32_000, p, c, 8, options.repeats) for p, c in ((256, 64), (64, 192))]
+    rows = [preference(4, 32_000, p, c, 8, options.repeats) for p, c in ((256, 64), (64, 192))]
     print("| what | xalign, ms | peer, ms | ratio |\n|---|---|---|---|")
     for row in rows:
         ours, peer = row["ms"].values()

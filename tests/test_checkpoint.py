@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from xalign import DPO, AutoregressiveWrapper, checkpoint, load_pretrained, save_pretrained
-from xalign.checkpoint import atomic_folder, load_state, write_atomically
+from xalign.checkpoint import atomic_folder, load_state
 from xalign.data.chat_template import DEFAULT_TEMPLATE, ROLE_MARKERS
+from xalign.disk import write_atomically
 from xalign.errors import CheckpointError, ConfigError, DataError, XalignError
 from xalign.tokenizers import ByteTokenizer
 

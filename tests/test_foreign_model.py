@@ -123,7 +123,7 @@ def test_steps_from_an_imported_model_equal_trls(model, ultrafeedback, tmp_path,
 def test_parquet_is_inspected(ultrafeedback, model, capsys):
     main(["data", "inspect", str(ultrafeedback), "--tokenizer", str(model)])
     shown = capsys.readouterr().out
-    assert "60" in shown and "<|eot_id|>" in shown
+    assert "60 read, 60 kept" in shown and "<|eot_id|>" in shown
 
 
 @pytest.mark.slow

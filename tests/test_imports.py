@@ -14,7 +14,7 @@ PACKAGE = ROOT / "xalign"
 
 # One line a floor. The modules of a line may not import one another, unless the line says "in order".
 FLOORS = [
-    "errors",
+    "errors disk",
     "sampling stopping logprobs optim distributed hub",
     "drawing",
     "losses",

@@ -16,8 +16,9 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from xalign import hf, hub
+from xalign.disk import write_atomically, writing
 from xalign.dpo import DPO, unwrap
-from xalign.errors import CheckpointError, ConfigError, writing
+from xalign.errors import CheckpointError, ConfigError
 from xalign.families import Layout
 from xalign.nn.transformer import TransformerWrapper
 from xalign.tokenizer_base import read_json
@@ -31,20 +32,6 @@ OWN = {CONFIG, GENERATION, SINGLE, INDEX, "training", *TOKENIZER_FILES, "chat_te
 # What people write about a model stays beside its new weights. A folder with anything else (pickled weights too: the only
 # copy, maybe) is never replaced.
 KEPT = {"README.md", "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", ".gitattributes"}
-
-
-def write_atomically(path: str | os.PathLike, data: str | bytes) -> None:
-    """Write a file whole or not at all: a temporary neighbour is renamed onto it."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with writing(path), open(temporary, "wb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @contextmanager

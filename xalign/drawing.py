@@ -42,7 +42,7 @@ class Penalties:
         words = [[int(t) for t in word] for word in bad_words or []]
         if any(not word or not all(0 <= t < v for t in word) for word in words):
             raise ConfigError(f"bad_words is {bad_words!r}, allowed are sequences of token ids from 0 to {v - 1}")
-        self.words = [torch.tensor(word, device=device) for word in words]
+        self.words = [(torch.tensor(word[:-1], dtype=torch.long, device=device), word[-1]) for word in words]
         self.eos, self.least = eos[(eos >= 0) & (eos < v)], min_new_tokens
         gone = {word[0] for word in words if len(word) == 1} | (set(self.eos.tolist()) if min_new_tokens else set())
         if self.bias is not None:
@@ -61,13 +61,12 @@ class Penalties:
             logits = sampling.repetition_penalty(logits, text[:, :end], self.repetition, real[:, :end])
         if self.counts and end > start:
             logits = sampling.count_penalty(logits, text[:, start:end], self.presence, self.frequency)
-        for word in self.words:
-            n = len(word) - 1
-            if n <= end:
-                last = slice(end - n, end)
-                complete = ((text[:, last] == word[:-1]) & real[:, last]).all(-1)
-                logits = torch.where(complete[:, None] & (torch.arange(logits.shape[-1], device=text.device) == word[-1]),
-                                     NEG_INF, logits)
+        logits = logits.clone() if self.words else logits
+        for head, final in self.words:
+            if len(head) <= end:
+                last = slice(end - len(head), end)
+                complete = ((text[:, last] == head) & real[:, last]).all(-1)
+                logits[:, final] = logits[:, final].masked_fill(complete, NEG_INF)
         if end - start < self.least:
             logits = logits.index_fill(-1, self.eos, NEG_INF)
         return logits

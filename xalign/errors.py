@@ -4,10 +4,8 @@ Each inherits the builtin that a caller would expect, so that library code can b
 `except ValueError` as well. Broken invariants of our own are `assert`s, never one of these.
 """
 
-import contextlib
 import difflib
-import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 
 class XalignError(Exception):
@@ -48,22 +46,6 @@ class ProcessLost(XalignError):
 
 class UnknownOption(XalignError, TypeError):
     """A keyword argument that does not exist."""
-
-
-@contextlib.contextmanager
-def writing(path: str | os.PathLike) -> Iterator[None]:
-    """Name `path` in an `OSError` of the block: the system names none when the disk is full.
-
-    Of torch, which tells of a place in its source instead, the error of the file that it was given is raised.
-    """
-    try:
-        yield
-    except (OSError, RuntimeError) as error:
-        cause = error if isinstance(error, OSError) else error.__context__
-        if not isinstance(cause, OSError) or cause.errno is None:
-            raise
-        cause.filename = cause.filename or str(path)
-        raise cause from None
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -37,7 +37,8 @@ from xalign.data.records import Example, PreferencePair
 from xalign.data.shapes import ReadReport, pair_to_example
 from xalign.data.sources import columns_by_file, iter_examples, iter_pairs
 from xalign.data.store import Store, open_store, write_store
-from xalign.errors import ConfigError, DataError, writing
+from xalign.disk import writing
+from xalign.errors import ConfigError, DataError
 from xalign.tokenizers import Tokenizer
 
 T = TypeVar("T", PreferencePair, Example)

@@ -15,7 +15,7 @@ from xalign.hf import torch_dtype
 from xalign.memory import Workload, available, training_memory
 from xalign.nn.transformer import TransformerWrapper
 from xalign.prepare import encode_examples, encode_pairs, example_data, in_memory, preference_data
-from xalign.stages import check_vocabulary, peek, scratch_model, scratch_tokenizer, settle_template, window
+from xalign.stages import check_vocabulary, parameter_count, peek, scratch_model, scratch_tokenizer, settle_template, window
 from xalign.tokenizers import Tokenizer, load_tokenizer
 
 LOOKED_AT = 2_000  # records that are encoded, to tell what truncation costs
@@ -29,7 +29,7 @@ def rehearse_sft(config: SFTConfig, device: torch.device) -> None:
     length = window(config.data.max_length, model)
     encoded = in_memory(encode_examples, islice(data.train(), LOOKED_AT), tokenizer, length, config.data.truncation_mode,
                         "to imitate")
-    print(f"{count(model):,} parameters, {tokenizer.vocab_size:,} pieces; first of {data.count:,} records:")
+    print(f"{parameter_count(model):,} parameters, {tokenizer.vocab_size:,} pieces; first of {data.count:,} records:")
     print(show_record(tokenizer, encoded[0].ids, encoded[0].loss_mask))
     show_memory(config, model, length, max(e.length for e in encoded), 1, "none", device)
 
@@ -42,7 +42,7 @@ def rehearse_dpo(config: DPOConfig, device: torch.device) -> None:
     length = window(config.data.max_length, model)
     encoded = in_memory(encode_pairs, islice(data.train(), LOOKED_AT), tokenizer, length, config.data.truncation_mode,
                         "train pairs")
-    print(f"{count(model):,} parameters, {tokenizer.vocab_size:,} pieces, {data.count:,} pairs; the first:")
+    print(f"{parameter_count(model):,} parameters, {tokenizer.vocab_size:,} pieces, {data.count:,} pairs; the first:")
     for side in ("chosen", "rejected"):
         prompt, completion = encoded[0].prompt, getattr(encoded[0], side)
         print(f"\n{side}:")
@@ -69,10 +69,6 @@ def shape(config: DPOConfig | SFTConfig, examples: Callable[[], Iterator[Example
         with torch.device("meta"):
             model = scratch_model(config.model, tokenizer.vocab_size, config.training.seed)
     return model.to(torch_dtype(config.run.dtype)), tokenizer
-
-
-def count(model: nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters())
 
 
 def show_record(tokenizer: Tokenizer, ids: Sequence[int], scored: Sequence[bool]) -> str:

@@ -15,8 +15,9 @@ from typing import IO, Any
 from torch import nn
 
 from xalign import distributed
-from xalign.checkpoint import load_pretrained, load_state, save_pretrained, write_atomically
-from xalign.errors import CheckpointError, XalignError, writing
+from xalign.checkpoint import load_pretrained, load_state, save_pretrained
+from xalign.disk import write_atomically, writing
+from xalign.errors import CheckpointError, XalignError
 from xalign.nn.transformer import TransformerWrapper
 from xalign.tokenizers import Tokenizer
 

@@ -124,6 +124,12 @@ def top_a(logits: Tensor, min_p_pow: float = 2.0, min_p_ratio: float = 0.02) -> 
     return logits.masked_fill((probs < top.pow(min_p_pow) * min_p_ratio) & (probs < top), NEG_INF)
 
 
+def _counts(logits: Tensor, tokens: Tensor, mask: Tensor | None) -> Tensor:
+    """How often each token of the vocabulary is among `tokens` (..., n) where `mask` is True: (..., v), fp32."""
+    ones = torch.ones_like(tokens, dtype=torch.float32) if mask is None else mask.float()
+    return torch.zeros_like(logits, dtype=torch.float32).scatter_add(-1, tokens, ones)
+
+
 def repetition_penalty(logits: Tensor, tokens: Tensor, penalty: float | Tensor, mask: Tensor | None = None) -> Tensor:
     """Divide the positive and multiply the negative logits of the `tokens` seen (Keskar et al. 2019, arXiv 1909.05858).
 
@@ -131,9 +137,7 @@ def repetition_penalty(logits: Tensor, tokens: Tensor, penalty: float | Tensor, 
     """
     if not isinstance(penalty, Tensor):
         _scalar("repetition_penalty", penalty, torch.finfo(torch.float32).tiny, 1e30, "a finite number > 0")
-    factor = per_row(penalty, logits, torch.finfo(torch.float32).tiny, 1e30)
-    counts = torch.zeros_like(logits, dtype=torch.float32)
-    counts = counts.scatter_add(-1, tokens, torch.ones_like(tokens, dtype=torch.float32) if mask is None else mask.float())
+    factor, counts = per_row(penalty, logits, torch.finfo(torch.float32).tiny, 1e30), _counts(logits, tokens, mask)
     x = logits.float()
     big = torch.finfo(logits.dtype).max  # a finite logit stays finite, lest the penalty remove tokens, or all of them
     penalised = torch.where(x > 0, x / factor, x * factor).clamp(-big, big)
@@ -149,8 +153,7 @@ def count_penalty(logits: Tensor, tokens: Tensor, presence: float | Tensor = 0.0
     for name, value in (("presence_penalty", presence), ("frequency_penalty", frequency)):
         if not isinstance(value, Tensor):
             _scalar(name, value, -1e30, 1e30, "a finite number")
-    counts = torch.zeros_like(logits, dtype=torch.float32)
-    counts = counts.scatter_add(-1, tokens, torch.ones_like(tokens, dtype=torch.float32) if mask is None else mask.float())
+    counts = _counts(logits, tokens, mask)
     less = per_row(presence, logits, -1e30, 1e30) * (counts > 0) + per_row(frequency, logits, -1e30, 1e30) * counts
     big = torch.finfo(logits.dtype).max
     x = logits.float()

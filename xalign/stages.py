@@ -85,6 +85,10 @@ def scratch_model(options: ModelOptions, vocab_size: int, seed: int) -> Transfor
                               emb_dropout=options.dropout, attn_layers=layers)
 
 
+def parameter_count(model: TransformerWrapper) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
 def load_model(path: str, dtype: str | None, device: torch.device, *, allow_pickle: bool = False,
                revision: str | None = None) -> tuple[TransformerWrapper, Tokenizer]:
     """A model, from a folder or the hub, with its tokenizer, whose ids it knows."""

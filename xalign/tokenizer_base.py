@@ -94,13 +94,6 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split())
 
 
-def write_file(path: Path, data: bytes) -> None:
-    """Write a file so that it is either the old one or whole, also if the process dies."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(data)
-    os.replace(temporary, path)
-
-
 def json_bytes(value: Any) -> bytes:
     return json.dumps(value, ensure_ascii=False, indent=2).encode() + b"\n"
 

@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from xalign.disk import write_atomically
 from xalign.errors import DataError
-from xalign.tokenizer_base import Tokenizer, json_bytes, one_line, read_json, write_file
+from xalign.tokenizer_base import Tokenizer, json_bytes, one_line, read_json
 
 CONFIG, TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
 FILES = ("tokenizer.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
@@ -253,7 +254,7 @@ class JSONTokenizer(Tokenizer):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         for name, data in self._files.items():
-            write_file(folder / name, data)
+            write_atomically(folder / name, data)
         config = dict(self._config)
         if config.get("tokenizer_class") != "PreTrainedTokenizerFast":
             config["tokenizer_class"] = "PreTrainedTokenizerFast"
@@ -265,7 +266,8 @@ class JSONTokenizer(Tokenizer):
             (folder / TEMPLATE).unlink(missing_ok=True)
             config["chat_template"] = self.chat_template
         if config != self._config:
-            write_file(folder / CONFIG, json_bytes({k: v for k, v in config.items() if k != "chat_template" or v is not None}))
+            written = {k: v for k, v in config.items() if k != "chat_template" or v is not None}
+            write_atomically(folder / CONFIG, json_bytes(written))
 
 
 def _without_prefix(raw: dict[str, Any], before: str) -> dict[str, Any]:

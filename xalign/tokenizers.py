@@ -13,8 +13,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from xalign.disk import write_atomically
 from xalign.errors import DataError
-from xalign.tokenizer_base import Tokenizer, either, json_bytes, one_line, read_json, write_file
+from xalign.tokenizer_base import Tokenizer, either, json_bytes, one_line, read_json
 from xalign.tokenizer_json import BYTE_CHARACTERS, JSONTokenizer, read_template, tokenizer_json
 
 __all__ = ["ByteTokenizer", "JSONTokenizer", "SentencePieceTokenizer", "Tokenizer", "either", "load_tokenizer",
@@ -59,8 +60,8 @@ class OwnTokenizer(Tokenizer):
             "clean_up_tokenization_spaces": False,
             "chat_template": self.chat_template,
         }
-        write_file(folder / "tokenizer_config.json", json_bytes({k: v for k, v in config.items() if v is not None}))
-        write_file(folder / "tokenizer.json", json_bytes(self.json()))
+        write_atomically(folder / "tokenizer_config.json", json_bytes({k: v for k, v in config.items() if v is not None}))
+        write_atomically(folder / "tokenizer.json", json_bytes(self.json()))
         (folder / "chat_template.jinja").unlink(missing_ok=True)  # it would come before ours
 
     @abstractmethod
@@ -165,7 +166,7 @@ class SentencePieceTokenizer(OwnTokenizer):
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write `tokenizer.model`, `tokenizer.json` and `tokenizer_config.json` into `folder`."""
         super().save(folder)
-        write_file(Path(folder) / "tokenizer.model", self._model)
+        write_atomically(Path(folder) / "tokenizer.model", self._model)
 
     def json(self) -> dict[str, Any]:
         sp = self._processor

@@ -47,6 +47,7 @@ from xalign.stages import (
     load_model,
     loop_options,
     micro_batches,
+    parameter_count,
     peek,
     prompt_text,
     scratch_model,
@@ -107,10 +108,6 @@ def refuse_unused(config: Any) -> None:
 def start_reporting(config: Any, run: RunFolder) -> None:
     if config.run.report_to == "wandb":
         run.start_wandb(config.run.run_name or run.path.name, flatten(config))
-
-
-def parameter_count(model: nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters())
 
 
 # -- imitation ------------------------------------------------------------------------------------------------------

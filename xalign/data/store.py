@@ -17,7 +17,7 @@ from typing import Any, Generic, TypeVar, overload
 import numpy as np
 
 from xalign.data.collate import EncodedExample, EncodedPair
-from xalign.errors import writing
+from xalign.disk import writing
 
 IDS, LENGTHS, META = "ids.bin", "lengths.bin", "meta.json"
 VERSION = 1  # part of what a store must agree with: raise it when the layout changes

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from xalign.checkpoint import write_atomically
 from xalign.data.records import Text
+from xalign.disk import write_atomically
 from xalign.evaluation.compare import Comparison
 from xalign.runs import METRICS, read_jsonl, strict
 

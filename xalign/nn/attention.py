@@ -66,12 +66,15 @@ class Prefix:
 
 
 class DecodeBuffer:
-    """A preallocated cache that is written in place, under no_grad; keys and values (b, k, capacity, e) a layer."""
+    """A preallocated cache that is written in place, under no_grad; keys and values (b, k, capacity, e) a layer.
+
+    `length` counts all tokens, `before` those that lie elsewhere.
+    """
 
     def __init__(self, layers: int, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device):
         self.keys = [torch.empty(shape, dtype=dtype, device=device) for _ in range(layers)]
         self.values = [torch.empty(shape, dtype=dtype, device=device) for _ in range(layers)]
-        self.capacity, self.length = shape[2], 0
+        self.capacity, self.length, self.before = shape[2], 0, 0
         self.mask: Tensor | None = None
 
     def branch(self, rows: int) -> "DecodeBuffer":
@@ -82,51 +85,39 @@ class DecodeBuffer:
         return self
 
     def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        end = self.length + keys.shape[-2]
+        """Write, and give what the buffer holds."""
+        start = self.length - self.before
+        end = start + keys.shape[-2]
         if end > self.capacity:
             raise ValueError(f"{end} tokens, but this decode buffer has room for {self.capacity}")
         k, v = self.keys[layer], self.values[layer]
-        k[:, :, self.length : end], v[:, :, self.length : end] = keys, values
+        k[:, :, start:end], v[:, :, start:end] = keys, values
         return k[:, :, :end], v[:, :, :end]
 
     def advance(self, mask: Tensor | None, n: int) -> "DecodeBuffer":
         self.mask, self.length = mask, self.length + n
         return self
 
-    def reorder(self, rows: Tensor, start: int = 0) -> None:
-        """Let row i go on from the keys of row `rows[i]`; slots before `start` are known to be the same."""
+    def reorder(self, rows: Tensor) -> None:
+        """Let row i go on from the keys of row `rows[i]`."""
+        end = self.length - self.before
         for t in (*self.keys, *self.values):
-            t[:, :, start : self.length] = t[rows, :, start : self.length]
+            t[:, :, :end] = t[rows, :, :end]
 
 
 class BranchedBuffer(DecodeBuffer):
-    """A decode buffer of b = p * s rows behind p prefixes, which are held once; each serves s neighbouring rows."""
+    """A decode buffer of b = p * s rows behind p prefixes, which are held once; each serves s neighbouring rows.
+
+    It holds the rows' own keys alone: `attend_branched` knows the prefix. Rows may be exchanged behind the same prefix.
+    """
 
     def __init__(self, prefix: Prefix, rows: int, capacity: int):
         p, kv_heads, _, dim_head = prefix.keys[0].shape
         super().__init__(len(prefix.keys), (rows, kv_heads, capacity, dim_head), prefix.keys[0].dtype, prefix.keys[0].device)
         keys, values = ([t.contiguous() for t in ts] for ts in (prefix.keys, prefix.values))  # else each step would copy them
         self.prefix = Prefix(keys, values, prefix.mask, prefix.length)
-        self.own = 0  # tokens of each row in the buffer; `length` counts the prefix too
-        self.length = prefix.length
+        self.length = self.before = prefix.length
         self.mask = None if prefix.mask is None else prefix.mask.repeat_interleave(rows // p, 0)
-
-    def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Write, and give the rows' own keys and values alone; `attend_branched` knows the prefix."""
-        whole, self.length = self.length, self.own
-        try:
-            return super().extend(layer, keys, values)
-        finally:
-            self.length = whole
-
-    def advance(self, mask: Tensor | None, n: int) -> "BranchedBuffer":
-        self.mask, self.length, self.own = mask, self.length + n, self.own + n
-        return self
-
-    def reorder(self, rows: Tensor, start: int = 0) -> None:
-        """Let row i go on from the keys of row `rows[i]`, of the same prefix."""
-        for t in (*self.keys, *self.values):
-            t[:, :, : self.own] = t[rows, :, : self.own]
 
 
 def attend_branched(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, prefix_k: Tensor, prefix_v: Tensor) -> Tensor:

@@ -214,7 +214,8 @@ class AutoregressiveWrapper(nn.Module):
                 longest = steps if length_penalty > 0 else t + 1
                 if t + 1 == steps or bool((live_scores[:, 0] / longest**length_penalty <= best_scores[:, -1]).all()):
                     break
-                state.append(token.gather(1, keep).view(-1), (first_row + beam.gather(1, keep)).view(-1))
+                rows = (first_row + beam.gather(1, keep)).view(-1) if w > 1 else None
+                state.append(token.gather(1, keep).view(-1), rows)
         best_lengths = best_lengths.masked_fill(best_scores == neg_inf, 0)
         behind = torch.arange(steps, device=device) >= best_lengths[..., None]
         best = best.masked_fill(behind, self.pad_value)

@@ -94,7 +94,7 @@ class Decoding:
         tokens, mask = self.text[:, low : self.end], None
         if any(s != low for s in starts):
             mask = self.columns[low : self.end] >= torch.tensor(starts, device=tokens.device)[:, None]
-        self.shared, capacity = tokens.shape[1] if first else 0, min(size, self.final - low)
+        capacity = min(size, self.final - low)
         if first and self.cached and self.copies > 1:
             mask = None if mask is None else mask[:: self.copies]
             hidden, prefix = self.net(tokens[:: self.copies], mask=mask, return_intermediates=True, return_embeddings=True)
@@ -113,6 +113,6 @@ class Decoding:
         if rows is not None:
             self.text[:, self.first_width : self.end] = self.text[rows, self.first_width : self.end]
             if self.buffer is not None:
-                self.buffer.reorder(rows, self.shared)
+                self.buffer.reorder(rows)
         self.text[:, self.end] = tokens
         self.end += 1
