@@ -9,6 +9,7 @@ EXTRAS = {
     "yaml": ["pyyaml>=6"],
     "hf": ["tokenizers>=0.20", "huggingface_hub>=0.26"],
     "parquet": ["pyarrow>=15"],
+    "4bit": ["bitsandbytes>=0.46"],
     # peers that the tests compare with, and the tools that check the code
     "dev": [
         "hypothesis>=6.100", "mypy>=1.10", "pexpect>=4.9", "pytest>=8", "ruff>=0.6", "scipy>=1.11",

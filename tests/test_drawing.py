@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from xalign import sampling
-from xalign.drawing import NUCLEUS, Draw, Penalties, largest
+from xalign.drawing import SPARE, WIDTH, Draw, Penalties, largest
 
 OPTIONS = {"temperature": 1.0, "top_k": None, "top_p": None, "min_p": None}
 
@@ -51,7 +51,9 @@ def test_a_row_draws_alike_whatever_its_mates(kind, seed, data):
                "top_p": torch.tensor([0.8, 0.9, 1.0, 0.5]), "min_p": torch.tensor([0.0, 0.1, 0.2, 0.0])}
     given_ = {k: v if k == "temperature" or data.draw(st.booleans()) else None for k, v in options.items()}
     keys, position = sampling.row_keys(seed, 4), torch.arange(4)
-    together = Draw(given_, [], 4, mixed.device)(mixed, keys, position)
+    draw = Draw(given_, [], 4, mixed.device)
+    together, rows = draw(mixed, keys, position), torch.tensor([2, 0])
+    assert torch.equal(draw(mixed[rows], keys[rows], position[rows], rows), together[rows])
     for i in range(4):
         own = {k: v if v is None else v[i : i + 1] for k, v in given_.items()}
         assert Draw(own, [], 1, mixed.device)(mixed[i : i + 1], keys[i : i + 1], position[i : i + 1]) == together[i]
@@ -66,7 +68,7 @@ def test_odd_values_in_tensors_are_clamped():
 
 
 @pytest.mark.parametrize("v", [64, 4096, 4100, 32_000])
-@pytest.mark.parametrize("k", [1, 10, 51, NUCLEUS + 1])
+@pytest.mark.parametrize("k", [1, 10, 51, WIDTH + SPARE])
 def test_largest_is_topk_with_ties_by_the_lower_index(v, k):
     for kind in KINDS:
         x, k = logits_of(kind, 3, v, 0), min(k, v)
@@ -81,22 +83,28 @@ def test_the_short_way_settles_what_language_models_give():
     x = 6 * torch.randn(8, 32_000)
     for more in ({"top_p": 0.9}, {"top_k": 50, "top_p": 0.9, "min_p": 0.05}, {"min_p": 0.1}):
         assert bool(Draw(OPTIONS | more, [], 8, x.device).survivors(x)[2].all()), more
-    assert not bool(Draw(OPTIONS | {"top_p": 0.9}, [], 8, x.device).survivors(torch.zeros(8, 32_000))[2].any())
+    assert Draw(OPTIONS | {"top_p": 0.9}, [], 8, x.device).survivors(torch.zeros(8, 32_000)) is None
 
 
 # ---- penalties
 
 
 def test_penalties_by_hand():
-    eos, text = torch.tensor([4]), torch.tensor([[0, 0, 1, 2, 1, 0], [3, 3, 3, 1, 3, 0]])
-    real = torch.tensor([[False, True, True, True, True, True], [True] * 6])
+    eos = torch.tensor([4])
+    # behind a row's length stands garbage, here ids that no vocabulary of 5 has
+    text, lengths = torch.tensor([[1, 2, 1, 0, 99, -7], [3, 3, 3, 1, 3, 0]]), torch.tensor([4, 5])
     penalise = Penalties(5, text.device, eos, repetition=2.0, presence=0.5, frequency=torch.tensor([0.25, 1.0]),
                          logit_bias={0: 3.0, 2: float("-inf")}, bad_words=[[3], [2, 1, 0]], min_new_tokens=4)
-    out = penalise(torch.tensor([[1.0, 2.0, 3.0, 4.0, 5.0], [1.0, -2.0, 3.0, 4.0, 5.0]]), text, real, 2, 5)
+    logits = torch.tensor([[1.0, 2.0, 3.0, 4.0, 5.0], [1.0, -2.0, 3.0, 4.0, 5.0]])
+    out = penalise(logits, text, torch.tensor([3, 5]), torch.tensor([1, 2]))
     inf = float("inf")
-    # row 0: 0, 1 and 2 were seen; 1 twice and 2 once were generated; 2 1 would be completed by 0; the end may not come yet
-    assert out.tolist() == [[-inf, 2 / 2 - 0.5 - 0.5, -inf, -inf, -inf], [1.0 + 3, -4 - 0.5 - 1, -inf, -inf, -inf]]
-    assert penalise(torch.ones(2, 5), text, real, 2, 6)[1, 4] == 1, "after four tokens the end may come"
+    # row 0: 1 and 2 were seen, once each generated; 2 1 would be completed by 0; the end may not come yet
+    first = [-inf, 2 / 2 - 0.5 - 0.25, -inf, -inf, -inf]
+    assert out.tolist() == [first, [1.0 + 3, -4 - 0.5 - 1, -inf, -inf, -inf]]
+    # after 2 1 0 comes anything, and after four tokens the end
+    assert penalise(logits, text, lengths, torch.tensor([0, 2]))[0].tolist() == [2 - 0.5 - 0.25, 1 - 0.5 - 0.5, -inf, -inf, 5]
+    one = penalise(logits[1:], text[1:], lengths[1:], torch.tensor([2]), rows=torch.tensor([1]))
+    assert torch.equal(one, out[1:]), "a row that is left keeps its request's options"
 
 
 def test_penalties_that_say_nothing_are_none():

@@ -12,7 +12,6 @@ from scipy import stats
 from torch import nn
 
 from xalign import AutoregressiveWrapper, sampling
-from xalign.nn.attention import BranchedBuffer
 from xalign.nn.decoding import window_start
 
 SHAPES = {"llama": {}, "grouped": {"attn_kv_heads": 2}, "alibi": {"rotary_pos_emb": False, "alibi_pos_bias": True},
@@ -357,96 +356,55 @@ def test_no_gradients_and_inputs_untouched():
 
 def test_a_cached_step_runs_one_token_in_place_and_copies_no_cache():
     """trap 14, trap 17: no growth by cat, no whole sequence a step; beams copy only what is theirs."""
-    model, shapes, where = tiny_ar(), [], []
-    forward = model.net.forward
+    model, prompts, where = tiny_ar(), [], []
+    forward, step = model.net.forward, model.net.step
 
     def spy(tokens, **kwargs):
-        shapes.append(tuple(tokens.shape))
-        out = forward(tokens, **kwargs)
-        where.extend(tuple(k.data_ptr() for k in kwargs[name].keys) for name in kwargs if name == "cache")
-        return out
+        prompts.append(tuple(tokens.shape))
+        return forward(tokens, **kwargs)
 
-    model.net.forward = spy
+    def spy_step(tokens, buffer, live=None):
+        where.append((len(tokens), *(t.data_ptr() for t in (*buffer.keys, *buffer.values, *buffer.far_keys))))
+        return step(tokens, buffer, live)
+
+    model.net.forward, model.net.step = spy, spy_step
     model.generate(ids(2, 6), 8)
-    assert shapes == [(2, 6)] + [(2, 1)] * 7 and len(set(where)) == 1
+    assert prompts == [(2, 5)] and len(where) == 8 and len(set(where)) == 1 and where[0][0] == 2
     for several in (lambda: model.beam_search(ids(2, 6), 8, beams=3), lambda: model.generate(ids(2, 6), 8, num_samples=3)):
-        shapes.clear(), where.clear()
+        prompts.clear(), where.clear()
         several()
-        assert shapes == [(2, 6)] + [(6, 1)] * 7 and len(set(where)) == 1, "each prompt runs once"
+        assert prompts == [(2, 5)], "each prompt runs once"
+        assert len(where) == 8 and len(set(where)) == 1 and where[0][0] == 6
 
 
-@pytest.mark.parametrize("padded", [False, True])
 @EVERY
-def test_rows_that_share_a_prompt_see_what_each_would_alone(options, padded):
+@pytest.mark.parametrize("static", [False, True])
+def test_rows_that_share_a_prompt_see_what_each_would_alone(options, static):
     model, v = tiny(**(LLAMA | options)), 17
-    prompts, mask = ids(2, 9, v), None
-    if padded:
-        mask = torch.arange(9) >= torch.tensor([0, 4])[:, None]
-    own = ids(6, 5, v, seed=1)
+    prompts, lengths, own = ids(2, 9, v), torch.tensor([9, 5]), ids(6, 5, v, seed=1)
     with torch.no_grad():
-        _, prefix = model(prompts, mask=mask, return_intermediates=True)
-        buffer = BranchedBuffer(prefix, 6, 5)
-        out = torch.cat([model(own[:, i : i + 1], cache=buffer, input_not_include_cache=True) for i in range(3)], 1)
+        buffer = model.decode_buffer(6, 5, groups=2, far=10, static=static)
+        for t in (*buffer.far_keys, *buffer.keys):
+            t.fill_(1e4)
+        buffer.fill(torch.tensor([0, 1]), model(prompts, return_intermediates=True)[1], lengths)
+        out = torch.stack([model.step(own[:, i], buffer) for i in range(3)], 1)
         order = torch.tensor([2, 2, 0, 3, 5, 4])
+        held = [(t, t.clone()) for t in (*buffer.far_keys, *buffer.far_values)]
         buffer.reorder(order)
-        out = torch.cat((out[order], model(own[:, 3:4], cache=buffer, input_not_include_cache=True)), 1)
-        whole = torch.cat((prompts.repeat_interleave(3, 0), torch.cat((own[order, :3], own[:, 3:4]), 1)), 1)
-        real = None if mask is None else torch.cat((mask.repeat_interleave(3, 0), torch.ones(6, 4, dtype=torch.bool)), 1)
-        torch.testing.assert_close(out, model(whole, mask=real)[:, 9:], atol=1e-5, rtol=1e-5)
-        with pytest.raises(ValueError, match="room for 5"):
-            model(own[:, :2], cache=buffer, input_not_include_cache=True)
-
-
-def test_reordering_a_buffer_moves_only_what_differs():
-    """trap 17: the shared prompt is not copied at each step of a beam search."""
-    model = tiny(**LLAMA)
-    with torch.no_grad():
-        buffer = BranchedBuffer(model(ids(1, 4), return_intermediates=True)[1], 3, 2)
-        model(ids(3, 1), cache=buffer, input_not_include_cache=True)
-        prompt, before = [(k, k.clone()) for k in buffer.prefix.keys], [k.clone() for k in buffer.keys]
-        buffer.reorder(torch.tensor([2, 2, 0]))
-    for (kept, copy), now in zip(prompt, buffer.prefix.keys, strict=True):
-        assert now is kept and torch.equal(now, copy)
-    for old, new in zip(before, buffer.keys, strict=True):
-        assert torch.equal(old[[2, 2, 0], :, :1], new[:, :, :1])
-
-
-@pytest.mark.parametrize("options, word", [
-    ({"temperature": -1.0}, "temperature"), ({"temperature": math.inf}, "temperature"),
-    ({"temperature": math.nan}, "temperature"),
-    ({"top_k": 0}, "top_k"), ({"top_k": 2.5}, "top_k"), ({"top_p": 1.5}, "top_p"), ({"top_p": -0.1}, "top_p"),
-    ({"min_p": 2.0}, "min_p"), ({"repetition_penalty": 0.0}, "repetition_penalty"),
-    ({"repetition_penalty": -1}, "repetition_penalty"),
-    ({"num_samples": 0}, "num_samples"), ({"num_samples": 1.5}, "num_samples"), ({"seq_len": -1}, "seq_len"),
-    ({"filter_logits_fn": "top_q"}, "top_q"), ({"stop": [[]]}, "stop"), ({"beams": 0}, "beams"),
-    ({"beams": 2, "num_samples": 2}, "beams is 2 and num_samples"), ({"beams": 2, "temperature": 0.5}, "temperature"),
-    ({"beams": 2, "top_k": 3}, "top_k"), ({"beams": 2, "top_p": torch.tensor([0.5, 0.5])}, "top_p"),
-    ({"beams": 2, "seed": 0}, "seed"),
-    ({"beams": 2, "return_logprobs": True}, "return_logprobs"), ({"beams": 2, "length_penalty": math.inf}, "length_penalty"),
-])
-def test_bad_values_are_named_before_anything_runs(options, word):
-    """trap 12."""
-    with pytest.raises(ValueError, match=word):
-        tiny_ar().generate(ids(2, 3), **({"seq_len": 3} | options))
-
-
-@pytest.mark.parametrize("t", [1e-40, 1e-30, 1e-5, 1e30])
-def test_extreme_temperatures_work(t):
-    """trap 12: 1e-40 crashes x-transformers."""
-    for model in (tiny_ar(), tiny_ar().half()):
-        out = model.generate(ids(2, 3), 4, temperature=t, seed=0)
-        assert out.shape == (2, 4)
-        if t < 1e-4:
-            assert torch.equal(out, model.generate(ids(2, 3), 4, temperature=0))
-
-
-def test_a_one_token_vocabulary_and_a_window_of_one():
-    model = tiny_ar(num_tokens=1)
-    assert model.generate(torch.zeros(1, 1).long(), 3, top_k=5, top_p=0.5).tolist() == [[0, 0, 0]]
-    beams, scores = model.beam_search(torch.zeros(1).long(), 3, beams=2, return_beams_and_scores=True)
-    assert beams[0].tolist() == [0, 0, 0] and scores[0] == 0 and scores[1] == -math.inf
-    narrow = tiny_ar(max_seq_len=1)
-    assert torch.equal(narrow.generate(ids(2, 3), 5, seed=0), narrow.generate(ids(2, 3), 5, seed=0, cache_kv=False))
+        for kept, copy in held:
+            assert torch.equal(kept, copy), "trap 17: the shared prompt is not copied at each step of a beam search"
+        out = torch.cat((out[order], model.step(own[:, 3], buffer)[:, None]), 1)
+        texts = torch.cat((own[order, :3], own[:, 3:4]), 1)
+        for i in range(6):
+            whole = torch.cat((prompts[i // 3, : lengths[i // 3]], texts[i]))[None]
+            torch.testing.assert_close(out[i], model(whole)[0, -4:], atol=1e-5, rtol=1e-5)
+        # a prompt that takes a place anew
+        buffer.fill(torch.tensor([1]), model(prompts[:1], return_intermediates=True)[1], lengths[:1])
+        buffer.even = False
+        out = model.step(own[:, 0], buffer)
+        for i in (3, 4, 5):
+            alone = model(torch.cat((prompts[0], own[i, :1]))[None])[0, -1]
+            torch.testing.assert_close(out[i], alone, atol=1e-5, rtol=1e-5)
 
 
 # ---- the distribution

@@ -82,11 +82,37 @@ def test_no_part_of_a_stop_is_ever_shown_and_nothing_is_held_longer_than_needed(
         assert shown == seen[: len(seen) - begun]
 
 
+def lengths(*values):
+    return torch.tensor(values)
+
+
 def test_stop_tokens():
     stops = StopTokens([7, 9], [[1, 2], [3]], torch.device("cpu"))
     rows = torch.tensor([[1, 2], [2, 1], [0, 7], [9, 0], [5, 3], [0, 9]])
-    assert stops.hits(rows).tolist() == [True, False, True, False, True, True]
-    assert stops.hits(rows[:, 1:]).tolist() == [False, False, True, False, True, True]
+    assert stops.hits(rows, lengths(*[2] * 6), lengths(*[0] * 6)).tolist() == [True, False, True, False, True, True]
+    # the first token is the prompt's: a sequence that begins in it is none
+    assert stops.hits(rows, lengths(*[2] * 6), lengths(*[1] * 6)).tolist() == [False, False, True, False, True, True]
+    assert not stops.hits(rows, lengths(*[2] * 6), lengths(*[2] * 6)).any(), "nothing was generated yet"
+
+
+def test_stops_are_looked_for_at_each_rows_own_end():
+    stops = StopTokens(7, [[1, 2]], torch.device("cpu"))
+    text = torch.tensor([[7, 1, 2, 5], [0, 1, 2, 7], [1, 2, 7, 0], [1, 2, 7, -5]])
+    assert stops.hits(text, lengths(3, 4, 2, 1), lengths(0, 1, 0, 0)).tolist() == [True, True, True, False]
+
+
+ROWS = st.integers(1, 6).flatmap(lambda w: st.tuples(st.lists(st.integers(0, 2), min_size=w, max_size=w), st.just(w)))
+
+
+@given(ROWS, st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=4), max_size=3), st.lists(st.integers(0, 2), max_size=2),
+       st.data())
+def test_stop_tokens_are_their_definition(row, sequences, eos, data):
+    text, w = row
+    n = data.draw(st.integers(1, w))
+    prompt = data.draw(st.integers(0, n))
+    hits = StopTokens(eos, sequences, torch.device("cpu")).hits(torch.tensor([text]), lengths(n), lengths(prompt))
+    written = text[prompt:n]
+    assert hits.tolist() == [any(written[-len(s) :] == s for s in [*sequences, *([e] for e in eos)])]
 
 
 @pytest.mark.parametrize("eos, expected", [(None, 0), ([], 0), (0, 1), ((3, 4), 2), (torch.tensor(3), 1),

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xalign import AutoregressiveWrapper, Decoder, TransformerWrapper
-from xalign.nn.attention import Prefix
+from xalign.nn.cache import Prefix
 from xalign.nn.rotary import rotary_angles
 
 OPTIONS = {
@@ -96,12 +96,9 @@ def test_token_by_token_through_both_caches(options):
         outs.append(out)
     close(torch.cat(outs, 1), whole)
     with torch.no_grad():
-        for chunks in ([1] * 8, [3, 1, 1, 2, 1], [5, 3], [8]):
-            buffer, outs, start = model.decode_buffer(3, 8), [], 0
-            for n in chunks:
-                outs.append(model(tokens[:, start : start + n], cache=buffer, input_not_include_cache=True))
-                start += n
-            close(torch.cat(outs, 1), whole)
+        for static in (False, True):
+            buffer = model.decode_buffer(3, 8, static=static)
+            close(torch.stack([model.step(tokens[:, t], buffer) for t in range(8)], 1), whole)
 
 
 @EVERY
@@ -130,12 +127,32 @@ def test_rows_of_unequal_length_padded_and_cached_at_any_split(options):
             for i, out in enumerate(torch.cat((a, b), 1)):
                 close(out[real[i]], alone[i])
             close(model(tokens, mask=mask, cache=cache), b)
-            with torch.no_grad():
-                buffer = model.decode_buffer(3, 7)
-                a = model(tokens[:, :cut], mask=mask[:, :cut], cache=buffer, input_not_include_cache=True)
-                b = model(tokens[:, cut:], mask=mask[:, cut:], cache=buffer, input_not_include_cache=True)
-            for i, out in enumerate(torch.cat((a, b), 1)):
-                close(out[real[i]], alone[i])
+
+
+@EVERY
+@pytest.mark.parametrize("static", [False, True])
+def test_rows_of_unequal_length_go_on_side_by_side_in_a_buffer(options, static):
+    """Each from its own length, some standing still for a while; what stood in the buffer before is of no meaning."""
+    model = tiny(**options)
+    rows = [ids(1, n, seed=n) for n in (9, 5, 7, 6)]
+    alone, filled = [model(r)[0] for r in rows], [3, 0, 5, 2]
+    with torch.no_grad():
+        buffer = model.decode_buffer(4, 10, static=static)
+        for t in (*buffer.keys, *buffer.values):
+            t.fill_(1e4)
+        for i, n in enumerate(filled):
+            _, prefix = model(torch.cat((rows[i][:, :n], ids(1, 2)), 1), return_intermediates=True)  # and what is no part of it
+            buffer.fill(torch.tensor([i]), prefix, torch.tensor([n]))
+        at = list(filled)
+        for step in range(12):
+            buffer.high, buffer.even = max(at), len(set(at)) == 1
+            live = torch.tensor([(step + i) % 3 > 0 and at[i] < rows[i].shape[1] for i in range(4)])
+            out = model.step(torch.tensor([r[0, min(a, r.shape[1] - 1)] for r, a in zip(rows, at, strict=True)]), buffer, live)
+            for i in range(4):
+                if live[i]:
+                    close(out[i], alone[i][at[i]])
+                    at[i] += 1
+    assert at == [9, 5, 7, 6] and buffer.lengths.tolist() == at
 
 
 @EVERY
@@ -338,8 +355,8 @@ def test_autocast_in_bf16():
         out = model(tokens)
         with torch.no_grad():
             buffer = model.decode_buffer(2, 6)
-            parts = [model(tokens[:, t : t + 1], cache=buffer, input_not_include_cache=True) for t in range(6)]
-    assert (torch.cat(parts, 1).float() - out.float()).abs().max() < 0.05
+            parts = [model.step(tokens[:, t], buffer) for t in range(6)]
+    assert (torch.stack(parts, 1).float() - out.float()).abs().max() < 0.05
     assert (out.float() - model(tokens)).abs().max() < 0.05
 
 
@@ -413,12 +430,14 @@ def test_call_errors():
         model(ids(3, 2), cache=cache, input_not_include_cache=True)
     buffer = model.decode_buffer(2, 3)
     with pytest.raises(RuntimeError, match="no_grad"):
-        model(ids(2, 2), cache=buffer)
+        model.step(ids(2, 1)[:, 0], buffer)
     with torch.no_grad():
-        with pytest.raises(ValueError, match="3 rows, but this decode buffer holds 2"):
-            model(ids(3, 2), cache=buffer, input_not_include_cache=True)
-        with pytest.raises(ValueError, match="room for 3"):
-            model(ids(2, 4), cache=buffer, input_not_include_cache=True)
+        for wrong in (ids(3, 1)[:, 0], ids(2, 1)):
+            with pytest.raises(ValueError, match=r"tokens have shape .*allowed is one for each row of this decode"):
+                model.step(wrong, buffer)
+        with pytest.raises(ValueError, match="4 tokens, but this decode buffer has room for 3"):
+            for _ in range(4):
+                model.step(ids(2, 1)[:, 0], buffer)
 
 
 # ---- the loss around it

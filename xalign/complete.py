@@ -21,10 +21,10 @@ def run_generate(config: GenerateConfig) -> None:
     params = SamplingParams(**{name: getattr(draw, name) for name in SamplingParams.__dataclass_fields__})
     prompts = [as_prompt(p, options, f"prompt {i}") for i, p in enumerate(gather(options), 1)]
     model, tokenizer = load_model(options.model, draw.dtype, choose_device(draw.device), allow_pickle=options.allow_pickle,
-                                  revision=options.revision)
+                                  revision=options.revision, sampling=draw)
     if not tokenizer.chat_template and not all(isinstance(prompt, str) for prompt in prompts):
         say(f"{options.model} has no chat template: xalign's own is used")
-    backend = NativeBackend(model, tokenizer, draw.batch_size)
+    backend = NativeBackend(model, tokenizer, draw.batch_size, draw.cache_tokens)
     if len(prompts) == 1 and params.n == params.beams == 1 and not options.json:
         for piece in backend.stream(prompts[0], params):
             print(piece, end="", flush=True)

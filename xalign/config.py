@@ -272,11 +272,31 @@ class SamplingOptions(SamplingParams):
     """How to draw; without any of these: temperature 1, unfiltered."""
 
     batch_size: int = 64
-    """Rows that run together."""
+    """Rows that run together at most; a row that ends makes room for the next prompt."""
+    cache_tokens: int | None = None
+    """Tokens that the cache of keys and values may hold at most, which bounds its memory; none: as many as the rows need."""
     device: str | None = None
     """cpu, cuda, ...; none: a GPU where there is one."""
     dtype: str | None = None
     """float32, bfloat16, float16; none: the checkpoint's."""
+    load_in_8bit: bool = False
+    """Quantise the layers' weights to int8 after loading; the rest becomes bfloat16."""
+    load_in_4bit: bool = False
+    """The same to 4 bits."""
+    quant_type: Literal["int4", "nf4"] = "int4"
+    """Kind of 4 bits: torch's own kernels, or bitsandbytes' NF4."""
+    quant_group_size: int | None = None
+    """Weights that share a scale in 4 bits: 32, 64, 128 or 256 (nf4: 64 to 4096); none: the smallest."""
+    quant_head: bool = True
+    """Quantise the head too; one that is tied to the embedding never is."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.load_in_8bit and self.load_in_4bit:
+            raise ConfigError("load_in_8bit and load_in_4bit are both given, allowed is one of them")
+        for name in ("quant_type", "quant_group_size"):
+            if getattr(self, name) not in ("int4", None) and not self.load_in_4bit:
+                raise ConfigError(f"{name} is {getattr(self, name)}, which goes with load_in_4bit")
 
 
 @dataclass(frozen=True)

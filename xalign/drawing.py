@@ -1,28 +1,31 @@
 """The draw of a decoding loop, and the penalties before it, at the cost of the tokens that survive.
 
-The draw is what `sampling`'s operations give one after the other. Top-k, top-p and min-p keep few tokens, so only the few
-largest logits are looked at, and noise is made for those alone. Where they don't settle a row (a nucleus wider than
-`NUCLEUS`, a tie at the border) that row takes the long way; which way a row takes depends on its own logits only. The short
-way reads a flag on the host, which costs nothing on a CPU; elsewhere every row takes the long way, which never does.
+The draw is what `sampling`'s operations give one after the other. Top-k, top-p and min-p keep few tokens, so only the `WIDTH`
+largest logits are looked at, and noise is made for those alone. Where they don't settle a row (a wider nucleus, many ties) that
+row takes the long way; which way a row takes depends on its own logits only, and both give the same token. The short way reads
+flags on the host, which costs nothing on a CPU; elsewhere every row takes the long way, which never does.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from xalign import sampling
 from xalign.errors import ConfigError
-from xalign.sampling import NEG_INF, ROUNDING
+from xalign.sampling import NEG_INF
+from xalign.stopping import Endings
 
-BLOCK, NUCLEUS = 64, 512
+WIDTH, SPARE = 320, 32  # how many of the largest logits are looked at, and how many more to see ties end
 ARGUMENT = {"temperature": "t", "top_k": "k", "top_p": "thres", "min_p": "min_p"}
-UNCHANGED = {"temperature": 1.0, "top_k": None, "top_p": None, "min_p": None}
+UNCHANGED = {"temperature": (1,), "top_k": (None,), "top_p": (None, 1), "min_p": (None, 0)}
 
 
 class Penalties:
-    """What changes the logits before the draw, by the text so far: logits (b, v), tokens (b, n) -> logits.
+    """What changes the logits before the draw, by the text so far: logits (b, v), text (b, w) -> logits.
 
     In this order, transformers': `logit_bias` (a dict of token ids, or (v,)), repetition penalty (prompt included), presence
     and frequency penalties (generated tokens alone), `bad_words` (id sequences that are never completed), and no `eos`
@@ -42,34 +45,45 @@ class Penalties:
         words = [[int(t) for t in word] for word in bad_words or []]
         if any(not word or not all(0 <= t < v for t in word) for word in words):
             raise ConfigError(f"bad_words is {bad_words!r}, allowed are sequences of token ids from 0 to {v - 1}")
-        self.words = [(torch.tensor(word[:-1], dtype=torch.long, device=device), word[-1]) for word in words]
-        self.eos, self.least = eos[(eos >= 0) & (eos < v)], min_new_tokens
-        gone = {word[0] for word in words if len(word) == 1} | (set(self.eos.tolist()) if min_new_tokens else set())
+        self.heads = Endings([word[:-1] for word in words], device)
+        least = eos[(eos >= 0) & (eos < v)].tolist() if min_new_tokens else []
+        self.banned = torch.tensor([word[-1] for word in words] + least, dtype=torch.long, device=device)
+        self.least = min_new_tokens
+        gone = {word[0] for word in words if len(word) == 1} | set(least)
         if self.bias is not None:
             gone |= set((self.bias == NEG_INF).nonzero()[:, 0].tolist())
         if len(gone) >= v:
             raise ConfigError("logit_bias, bad_words and min_new_tokens leave no token, allowed is at least one")
 
     def __bool__(self) -> bool:
-        return self.repeats or self.counts or self.bias is not None or bool(self.words) or self.least > 0
+        return self.repeats or self.counts or self.bias is not None or len(self.banned) > 0
 
-    def __call__(self, logits: Tensor, text: Tensor, real: Tensor, start: int, end: int) -> Tensor:
-        """Penalise; row i's text is `text[i, :end]` where `real`, generated from column `start` on."""
+    def __call__(self, logits: Tensor, text: Tensor, lengths: Tensor, prompt_lengths: Tensor,
+                 rows: Tensor | None = None) -> Tensor:
+        """Penalise; row i's text is `text[i, :lengths[i]]`, of which `prompt_lengths[i]` tokens were given.
+
+        What stands behind is never looked at. Tensor options are those of requests, row i that of request `rows[i]`.
+        """
+        columns = torch.arange(text.shape[1], device=text.device)
+        real, written = columns < lengths[:, None], columns >= prompt_lengths[:, None]
         if self.bias is not None:
             logits = logits + self.bias
         if self.repeats:
-            logits = sampling.repetition_penalty(logits, text[:, :end], self.repetition, real[:, :end])
-        if self.counts and end > start:
-            logits = sampling.count_penalty(logits, text[:, start:end], self.presence, self.frequency)
-        logits = logits.clone() if self.words else logits
-        for head, final in self.words:
-            if len(head) <= end:
-                last = slice(end - len(head), end)
-                complete = ((text[:, last] == head) & real[:, last]).all(-1)
-                logits[:, final] = logits[:, final].masked_fill(complete, NEG_INF)
-        if end - start < self.least:
-            logits = logits.index_fill(-1, self.eos, NEG_INF)
+            logits = sampling.repetition_penalty(logits, text, of_rows(self.repetition, rows), real)
+        if self.counts:
+            presence, frequency = of_rows(self.presence, rows), of_rows(self.frequency, rows)
+            logits = sampling.count_penalty(logits, text, presence, frequency, real & written)
+        if len(self.banned):
+            completed, early = self.heads(text, lengths, lengths), (lengths - prompt_lengths < self.least)[:, None]
+            hits = torch.cat((completed, early.expand(-1, len(self.banned) - completed.shape[1])), 1)
+            ceiling = torch.where(hits, NEG_INF, math.inf).to(logits.dtype)
+            logits = logits.scatter_reduce(1, self.banned.expand(len(logits), -1), ceiling, "amin")
         return logits
+
+
+def of_rows(value: Any, rows: Tensor | None) -> Any:
+    """An option as it is, or those values of a tensor (requests,) that belong to `rows` (b,)."""
+    return value[rows] if rows is not None and isinstance(value, Tensor) and value.ndim else value
 
 
 def _bias(given: Any, v: int, device: torch.device) -> Tensor:
@@ -91,98 +105,99 @@ def _bias(given: Any, v: int, device: torch.device) -> Tensor:
 class Draw:
     """Logits (b, v) -> tokens (b,): temperature, top-k, top-p, min-p, further filters, then Gumbel noise.
 
-    Options are numbers or tensors (b,); bad numbers are told at once.
+    Options are numbers or tensors with a value for each of the `rows` requests; bad numbers are told at once.
     """
 
     def __init__(self, options: dict[str, Any], filters: list[Callable], rows: int, device: torch.device):
-        self.options = {k: v for k, v in options.items() if isinstance(v, Tensor) or v != UNCHANGED[k]}
+        self.options = {k: v for k, v in options.items() if isinstance(v, Tensor) or v not in UNCHANGED[k]}
         self.filters = filters
-        t = options["temperature"]
+        t, top_k = options["temperature"], options["top_k"]
         self.greedy = not isinstance(t, Tensor) and t == 0
-        self.short = device.type == "cpu" and not filters and bool(self.options.keys() - {"temperature"})
         self.filtered(torch.zeros(rows, 2, device=device), probe=True)
+        self.width = 0
+        if device.type == "cpu" and not filters and self.options.keys() - {"temperature"}:
+            ks = torch.tensor([WIDTH]) if top_k is None else sampling.per_row(top_k, torch.zeros(1), 1, math.inf)
+            self.width = max([int(k) for k in ks.flatten().tolist() if k <= WIDTH], default=0)
 
     def filtered(self, logits: Tensor, rows: Tensor | None = None, probe: bool = False) -> Tensor:
-        """The long way up to the noise, of all rows or of some."""
+        """The long way up to the noise."""
         for name in ARGUMENT:
             if name in self.options:
-                value = self.options[name]
-                value = value[rows] if rows is not None and isinstance(value, Tensor) and value.ndim else value
-                logits = getattr(sampling, name)(logits, **{ARGUMENT[name]: value})
+                logits = getattr(sampling, name)(logits, **{ARGUMENT[name]: of_rows(self.options[name], rows)})
         for function in () if probe else self.filters:
             logits = function(logits)
         return logits
 
-    def __call__(self, logits: Tensor, keys: Tensor, position: Tensor) -> Tensor:
-        """Draw; `keys` and `position` (b,) are those of `sampling.gumbel`."""
+    def __call__(self, logits: Tensor, keys: Tensor, position: Tensor, rows: Tensor | None = None) -> Tensor:
+        """Draw; `keys` and `position` (b,) are those of `sampling.gumbel`; row i belongs to request `rows[i]`, or to i."""
         if self.greedy:
             return (self.filtered(logits) if self.filters else logits).argmax(-1)
-        if self.short:
-            scaled, index, settled = self.survivors(logits)
-            best = (scaled + sampling.gumbel(keys, position, index)).argmax(-1, keepdim=True)
-            token = index.gather(1, best)[:, 0]
-            if bool(settled.all()):
-                return token
-            rows = (~settled).nonzero()[:, 0]
-            left = self.filtered(logits[rows], rows) + sampling.gumbel(keys[rows], position[rows], logits.shape[-1])
-            return token.index_copy(0, rows, left.argmax(-1))
-        return (self.filtered(logits) + sampling.gumbel(keys, position, logits.shape[-1])).argmax(-1)
+        found = self.survivors(logits, rows) if self.width else None
+        if found is None:
+            return self.long_way(logits, keys, position, rows)
+        scaled, index, settled = found
+        scaled = scaled + sampling.gumbel(keys, position, index)
+        token = index.masked_fill(scaled < scaled.amax(-1, keepdim=True), logits.shape[-1]).amin(-1)  # of equals the lowest
+        if bool(settled.all()):
+            return token
+        left = (~settled).nonzero()[:, 0]
+        again = self.long_way(logits[left], keys[left], position[left], left if rows is None else rows[left])
+        return token.index_copy(0, left, again)
 
-    def survivors(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The largest logits (b, k) of each row, scaled and -inf where filtered out, their tokens, and whether that is all."""
-        v = logits.shape[-1]
-        top_k, top_p, min_p = (self.options.get(name) for name in ("top_k", "top_p", "min_p"))
-        k = min(1 + int(NUCLEUS if top_k is None else sampling.per_row(top_k, logits, 1, NUCLEUS).max()), v)
-        values, index = largest(logits, k)
-        column, first = torch.arange(k, device=logits.device), values[:, :1]
-        t = sampling.per_row(self.options.get("temperature", 1.0), logits, 0.0, torch.finfo(torch.float32).max)
-        scaled = (values - first) / t.clamp(min=torch.finfo(torch.float32).tiny)
-        scaled = scaled.masked_fill((t == 0) & (column > 0), NEG_INF)
-        kept = torch.ones_like(scaled, dtype=torch.bool)
+    def long_way(self, logits: Tensor, keys: Tensor, position: Tensor, rows: Tensor | None) -> Tensor:
+        return (self.filtered(logits, rows) + sampling.gumbel(keys, position, logits.shape[-1])).argmax(-1)
+
+    def survivors(self, logits: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor] | None:
+        """The largest logits (b, k) of each row, scaled and -inf where filtered out, their tokens, and whether that is all.
+
+        None where it is certain that no row has so few.
+        """
+        x, v = logits, logits.shape[-1]
+        t, top_k, top_p, min_p = (of_rows(self.options.get(name), rows) for name in ARGUMENT)
+        if t is not None:
+            x = sampling.temperature(x, t)
+        if top_p is not None and top_k is None:
+            needed = sampling.mass_limit(top_p, sampling.weights(x).sum(-1, keepdim=True, dtype=torch.float64))
+            if v > self.width and bool((needed > self.width * sampling.UNITS).all()):
+                return None
+        k = min(self.width + SPARE, v)
+        values, index = largest(x, k)
+        scaled, settled = values, torch.tensor(True)
         if top_k is not None:
             limit = sampling.per_row(top_k, logits, 1, v).trunc()
-            kept = kept & (column < limit)
-            scaled = scaled.masked_fill(~kept, NEG_INF)
+            scaled, settled = torch.where(torch.arange(k) < limit, values, NEG_INF), limit < k
         if top_p is not None:
-            p = sampling.per_row(top_p, logits, 0.0, 1.0)
-            if top_k is None:
-                whole = ((logits - first) / t.clamp(min=torch.finfo(torch.float32).tiny)).logsumexp(-1, keepdim=True)
-                probs = (scaled - whole).exp()
-            else:
-                probs = scaled.softmax(-1)
-            before = probs.cumsum(-1) - probs
-            kept = kept & ((before < p - ROUNDING) | (p >= 1) | (column == 0))
+            weight = sampling.weights(scaled).double()
+            if top_k is not None:
+                needed = sampling.mass_limit(top_p, weight.sum(-1, keepdim=True))
+            missing = needed - (weight.cumsum(-1) - weight)
+            scaled = torch.where(missing > weight * 2.0**-sampling.SLACK, scaled, NEG_INF)
         if min_p is not None:
-            kept = kept & (scaled.exp() >= sampling.per_row(min_p, logits, 0.0, 1.0) * (1 - ROUNDING))
-        # the last column is there to be seen leaving: then all behind it leave too, if it is no tie
-        if k == v:
-            return scaled.masked_fill(~kept, NEG_INF), index, kept.any(-1)
-        settled = ~kept[:, -1] & ((values[:, -1] < values[:, -2]) | (values[:, -2] == NEG_INF))
-        if top_k is not None:
-            settled = settled & (limit < k).expand_as(first)[:, 0]
-        return scaled.masked_fill(~kept, NEG_INF), index, settled
+            scaled = sampling.min_p(scaled, min_p)
+        # what is not here is no larger than the last column: if that and its equals are out, so is the rest
+        last = values[:, -1:].clamp(min=torch.finfo(torch.float32).min)
+        return scaled, index, (settled & (scaled != last)).all(-1) if k < v else torch.ones(len(x), dtype=torch.bool)
 
 
 def largest(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The `k` largest of each row (b, v), downwards, ties by the lower index, and where they are.
+    """The `k` largest of each row (b, v) on the CPU, downwards, ties by the lower index, and where they are.
 
-    Which of several equal to the last one are taken is left open. An entry among the k largest lies in one of the k blocks
-    with the largest maxima, so the others need not be looked at.
+    Which of several equal to the last one are taken is left open. The row is split into blocks, each of every n-th entry; an
+    entry among the k largest lies in one of the k blocks with the largest maxima, so the others need not be looked at. numpy
+    selects and sorts by vector instructions, several times faster than torch.
     """
-    b, v = x.shape
-    blocks = v // BLOCK
-    if 4 * k > blocks:
-        values, index = x.topk(k)
-    else:
-        whole = x[:, : blocks * BLOCK].unflatten(1, (blocks, BLOCK))
-        chosen = whole.amax(-1).topk(k, sorted=False).indices[..., None]
-        values = whole.gather(1, chosen.expand(-1, -1, BLOCK)).flatten(1)
-        index = (chosen * BLOCK + torch.arange(BLOCK, device=x.device)).flatten(1)
-        if v % BLOCK:
-            values = torch.cat((values, x[:, blocks * BLOCK :]), 1)
-            index = torch.cat((index, torch.arange(blocks * BLOCK, v, device=x.device).expand(b, -1)), 1)
-        values, order = values.topk(k)
-        index = index.gather(1, order)
-    index, order = index.sort()
-    values, order = values.gather(1, order).sort(descending=True, stable=True)
-    return values, index.gather(1, order)
+    v = x.shape[-1]
+    size = 2 ** (math.isqrt(v // k).bit_length() - 1)  # about as many blocks as entries in the blocks that are chosen
+    n = v // size
+    blocks = _indices_of_largest(x[:, : size * n].unflatten(1, (size, n)).amax(1), min(k, n))
+    index = (blocks[:, None] + torch.arange(0, size * n, n)[:, None]).flatten(1)
+    if size * n < v:
+        index = torch.cat((index, torch.arange(size * n, v).expand(len(x), -1)), 1)
+    index = index.gather(1, _indices_of_largest(x.gather(1, index), k))
+    keys = sampling.downwards(x.gather(1, index)).long() << 32 | index
+    index = torch.from_numpy(np.sort(keys.numpy())) & (2**32 - 1)
+    return x.gather(1, index), index
+
+
+def _indices_of_largest(x: Tensor, k: int) -> Tensor:
+    return torch.from_numpy(np.argpartition(x.detach().numpy(), x.shape[-1] - k)[:, x.shape[-1] - k :])

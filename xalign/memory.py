@@ -12,7 +12,8 @@ the widths of queries and of keys, P parameters, M those that are matrices, w th
     with gradient checkpointing     T d w for each layer's input, and all of the above for one layer at a time
     logits                          T v 12: log-softmax, its gradient and that of its input, all fp32
     scoring (no gradients)          8 v a token, 10 v with bf16, for 32 rows of each side, at most SCORED_LOGITS a side
-    sampling                        keys and values of SAMPLED rows, 2 K L c a token
+    sampling                        keys and values of SAMPLED rows, 2 K L a a token (without autocast); on a CPU the weights
+                                    in another layout, P w
 
 At the peak of training live weights, optimizer, reference and the larger of gradients alone (the backward pass has ended)
 and activations with logits (it begins; gradients are there as well if they accumulate). T counts both sides of pairs at the
@@ -113,7 +114,8 @@ def training_memory(model: nn.Module, work: Workload) -> Need:
     backward = activations + casts + max(logits, again)
     training = 3 * held + beside + (held + backward if work.accumulates else max(held, backward))
     scored = min(SCORED * work.length, max(2 * work.length, 2 * SCORED_LOGITS // v)) * scores
-    sampled = SAMPLED * work.length * 2 * keys * depth * w
+    cpu = work.device == "cpu"
+    sampled = SAMPLED * work.length * 2 * keys * depth * (4 if cpu else w) + (held if cpu else 0)
     evaluation = max(3 * held + reference * (beside > 0) + casts + scored, held + reference + sampled)
     parts |= {"evaluation (scores, samples)": float(max(scored, sampled)), "torch itself": program}
     return Need(parts, training, evaluation)

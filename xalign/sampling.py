@@ -16,9 +16,11 @@ from torch import Tensor
 
 from xalign.errors import ConfigError, nearest
 
-# A sum of fp32 probabilities is good to about one unit in the last place of 1: a mass this close
-# to a threshold counts as having reached it, so that (.5, .25, .25) at .75 keeps two tokens.
+# Ratios of fp32 exponentials are good to a few units in the last place; so close to a limit they count as having reached it.
 ROUNDING = 2.0**-22
+# Weights of tokens are whole numbers, 2**34 for the likeliest, so that every order of summation in fp64 or int64 gives one sum.
+# A token of which less than 2**-20 is needed to reach a threshold is not needed: (.5, .25, .25) at .75 keeps two.
+UNITS, SLACK, EVERYTHING = 2**34, 20, 2**62
 NEG_INF = float("-inf")
 
 
@@ -27,17 +29,12 @@ def _scalar(name: str, value: float, low: float, high: float, allowed: str) -> N
         raise ConfigError(f"{name} is {value!r}, allowed is {allowed}")
 
 
-def per_row(value: float | Tensor, logits: Tensor, low: float, high: float) -> Tensor:
-    """A parameter as an fp32 tensor that broadcasts against (..., v); numbers were checked before."""
+def per_row(value: float | Tensor, logits: Tensor, low: float, high: float, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A parameter as a floating tensor that broadcasts against (..., v); numbers were checked before."""
     if not isinstance(value, Tensor):
-        return torch.full((), value, dtype=torch.float32, device=logits.device)
-    value = value.to(logits.device, torch.float32).nan_to_num(nan=high).clamp(low, high)
+        return torch.full((), value, dtype=dtype, device=logits.device)
+    value = value.to(logits.device, dtype).nan_to_num(nan=high).clamp(low, high)
     return value[..., None] if value.ndim else value
-
-
-def _descending_ranks(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Sort (..., v) downwards, ties by the lower index; give (values, order)."""
-    return torch.sort(x, dim=-1, descending=True, stable=True)
 
 
 def temperature(logits: Tensor, t: float | Tensor) -> Tensor:
@@ -46,22 +43,70 @@ def temperature(logits: Tensor, t: float | Tensor) -> Tensor:
     `t` is a finite number >= 0 (else `ValueError`) or a tensor. A `t` so small that the quotient
     overflows the dtype gives the quotient shifted by a constant a row, which no softmax can see.
     """
+    may_be_greedy = isinstance(t, Tensor) or t == 0
     if not isinstance(t, Tensor):
         _scalar("temperature", t, 0.0, torch.finfo(torch.float32).max, "a finite number >= 0")
-    tiny, big = torch.finfo(torch.float32).tiny, torch.finfo(logits.dtype).max / 2
-    t = per_row(t, logits, 0.0, torch.finfo(torch.float32).max)
     x = logits.float()
-    top = x.amax(-1, keepdim=True)
-    safe = t.clamp(min=tiny)
-    scaled = x / safe
-    shifted = (x - top.clamp(min=torch.finfo(torch.float32).min)) / safe
-    overflows = ~(scaled.amax(-1, keepdim=True).abs() <= big)
-    greedy = torch.where(_is_argmax(x), 0.0, NEG_INF)
-    return torch.where(t == 0, greedy, torch.where(overflows, shifted, scaled)).to(logits.dtype)
+    top, t = x.amax(-1, keepdim=True), per_row(t, logits, 0.0, torch.finfo(torch.float32).max)
+    safe = t.clamp(min=torch.finfo(torch.float32).tiny)
+    overflows = ~((top / safe).abs() <= torch.finfo(logits.dtype).max / 2)
+    scaled = (x - torch.where(overflows, top.clamp(min=torch.finfo(torch.float32).min), 0.0)) / safe
+    if may_be_greedy:
+        greedy = torch.arange(x.shape[-1], device=x.device) == x.argmax(-1, keepdim=True)
+        scaled = torch.where(t == 0, torch.where(greedy, 0.0, NEG_INF), scaled)
+    return scaled.to(logits.dtype)
 
 
-def _is_argmax(x: Tensor) -> Tensor:
-    return torch.arange(x.shape[-1], device=x.device) == x.argmax(-1, keepdim=True)
+def _keep(logits: Tensor, kept: Tensor) -> Tensor:
+    """The logits where `kept` is 1, -inf where it is 0; without a branch for each entry, unlike `torch.where`."""
+    return torch.minimum(logits, kept.to(logits.dtype).sub_(0.5).mul_(math.inf))
+
+
+def weights(x: Tensor) -> Tensor:
+    """How likely each token of fp32 logits (..., v) is against the likeliest, which weighs `UNITS`: whole numbers, fp32."""
+    # exp and not the faster exp2, whose last bit depends on where in a tensor an entry stands
+    x = x.detach()
+    return (x - x.amax(-1, keepdim=True)).exp_().nan_to_num_(nan=1.0).mul_(UNITS).round_()
+
+
+def mass_limit(p: float | Tensor, total: Tensor) -> Tensor:
+    """What a nucleus of mass `p` must weigh where all tokens weigh `total` (..., 1) fp64; int64, `EVERYTHING` where p is 1."""
+    p = per_row(p, total, 0.0, 1.0, torch.float64)
+    # the likeliest token is in every nucleus
+    return (p * total).ceil().clamp(min=(UNITS >> SLACK) + 1).masked_fill(p >= 1, EVERYTHING).long()
+
+
+def downwards(x: Tensor) -> Tensor:
+    """An int32 for each fp32 logit, the less the larger the logit; equal where logits are equal."""
+    image = (x.detach() + 0.0).view(torch.int32)  # -0.0 becomes 0.0
+    return image ^ (image >> 31).bitwise_and_(2**31 - 1).bitwise_not_()
+
+
+def foremost(x: Tensor, amount: Tensor, limit: Tensor) -> Tensor:
+    """1 for the tokens of x (..., v) before which, largest first and ties by the lower index, stands less than a limit; else 0.
+
+    `amount` (..., v), whole numbers >= 0, equal where x is equal, is added up; `limit` (..., 1) int64 >= 1 is what it is held
+    against; a token of whose own amount less than 2**-`SLACK` is missing is left out. Nothing is sorted: three histograms, of
+    11, 11 and 10 bits, find the border in the integer image of the logits. Comparisons are made in place, as 0 and 1, because
+    torch writes booleans several times slower.
+    """
+    order = downwards(x)
+    unsigned, inside, level = order ^ -(2**31), amount.long(), torch.zeros_like(limit)
+    before = level
+    for shift, bits in ((21, 11), (10, 11), (0, 10)):
+        digit = (unsigned >> shift).bitwise_and_(2**bits - 1).long()
+        counts = torch.zeros(*x.shape[:-1], 2**bits, dtype=torch.int64, device=x.device).scatter_add_(-1, digit, inside)
+        upto = before + counts.cumsum(-1)
+        here = (upto < limit).sum(-1, keepdim=True).clamp(max=2**bits - 1)  # the first bin that reaches the limit
+        level, last = (level << bits) + here, counts.gather(-1, here)
+        before = upto.gather(-1, here) - last
+        inside = digit.eq_(here).mul_(inside)
+    level = (level - 2**31).int()
+    tied = order.clone().eq_(level)
+    rank = tied.cumsum(-1, dtype=torch.int32)
+    each = (last // rank[..., -1:].clamp(min=1)).clamp(min=1)
+    room = ((limit - before - (each >> SLACK) + each - 1) // each).clamp(max=x.shape[-1]).int()
+    return order.lt_(level).add_(rank.le_(room).mul_(tied))
 
 
 def top_k(logits: Tensor, frac_num_tokens: float = 0.1, k: int | Tensor | None = None) -> Tensor:
@@ -73,20 +118,13 @@ def top_k(logits: Tensor, frac_num_tokens: float = 0.1, k: int | Tensor | None =
     if k is None:
         _scalar("frac_num_tokens", frac_num_tokens, 0.0, 1.0, "a number in [0, 1]")
         k = max(1, math.ceil(frac_num_tokens * v))
-    x = logits.float()
     if not isinstance(k, Tensor):
         if isinstance(k, bool) or not 1 <= k < math.inf or k != int(k):
             raise ConfigError(f"top_k is {k!r}, allowed is a whole number >= 1")
         k = min(int(k), v)
-        border = x.topk(k, dim=-1).values[..., -1:]
-    else:
-        rows = k.to(logits.device).nan_to_num(nan=v).clamp(1, v).long()
-        k = rows[..., None] if rows.ndim else rows
-        ordered, _ = _descending_ranks(x)
-        border = ordered.gather(-1, (k - 1).expand(*x.shape[:-1], 1))
-    above, level = x > border, x == border
-    room = k - above.sum(-1, keepdim=True)
-    return logits.masked_fill(~(above | (level & (level.cumsum(-1) <= room))), NEG_INF)
+    limit = per_row(k, logits, 1, v, torch.float64).long().expand(*logits.shape[:-1], 1)
+    one = torch.ones((), dtype=torch.int64, device=logits.device).expand(logits.shape)
+    return _keep(logits, foremost(logits.float(), one, limit))
 
 
 def top_p(logits: Tensor, thres: float | Tensor = 0.9) -> Tensor:
@@ -96,22 +134,19 @@ def top_p(logits: Tensor, thres: float | Tensor = 0.9) -> Tensor:
     """
     if not isinstance(thres, Tensor):
         _scalar("top_p", thres, 0.0, 1.0, "a number in [0, 1]")
-    p = per_row(thres, logits, 0.0, 1.0)
-    ordered, order = _descending_ranks(logits.float())
-    probs = ordered.softmax(-1)
-    before = probs.cumsum(-1) - probs
-    keep = (before < p - ROUNDING) | (p >= 1)
-    keep[..., 0] = True
-    return logits.masked_fill(~torch.empty_like(keep).scatter_(-1, order, keep), NEG_INF)
+    x = logits.float()
+    weight = weights(x)
+    limit = mass_limit(thres, weight.sum(-1, keepdim=True, dtype=torch.float64))
+    return _keep(logits, foremost(x, weight, limit))
 
 
 def min_p(logits: Tensor, min_p: float | Tensor = 0.1) -> Tensor:
     """Keep the tokens at least `min_p` times as likely as the likeliest (Nguyen et al. 2024, arXiv 2407.01082)."""
     if not isinstance(min_p, Tensor):
         _scalar("min_p", min_p, 0.0, 1.0, "a number in [0, 1]")
-    x = logits.float()
-    ratio = (x - x.amax(-1, keepdim=True)).exp()
-    return logits.masked_fill(ratio < per_row(min_p, logits, 0.0, 1.0) * (1 - ROUNDING), NEG_INF)
+    x = logits.detach().float()
+    ratio = (x - x.amax(-1, keepdim=True)).exp_().nan_to_num_(nan=1.0)
+    return _keep(logits, ratio.ge_(per_row(min_p, logits, 0.0, 1.0) * (1 - ROUNDING)))
 
 
 def top_a(logits: Tensor, min_p_pow: float = 2.0, min_p_ratio: float = 0.02) -> Tensor:
@@ -127,6 +162,7 @@ def top_a(logits: Tensor, min_p_pow: float = 2.0, min_p_ratio: float = 0.02) -> 
 def _counts(logits: Tensor, tokens: Tensor, mask: Tensor | None) -> Tensor:
     """How often each token of the vocabulary is among `tokens` (..., n) where `mask` is True: (..., v), fp32."""
     ones = torch.ones_like(tokens, dtype=torch.float32) if mask is None else mask.float()
+    tokens = tokens if mask is None else tokens.where(mask, 0)  # what isn't counted need not be a token
     return torch.zeros_like(logits, dtype=torch.float32).scatter_add(-1, tokens, ones)
 
 
@@ -197,14 +233,14 @@ _GOLDEN, _MIX1, _MIX2 = -0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECC
 
 def _shift(x: Tensor, bits: int) -> Tensor:
     """A logical right shift of int64, which torch has only as an arithmetic one."""
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
+    return (x >> bits).bitwise_and_((1 << (64 - bits)) - 1)
 
 
 def hash64(x: Tensor) -> Tensor:
     """Mix int64 to int64 by the finaliser of splitmix64 (Steele et al. 2014), wrapping around."""
-    x = (x ^ _shift(x, 30)) * _MIX1
-    x = (x ^ _shift(x, 27)) * _MIX2
-    return x ^ _shift(x, 31)
+    x = (x ^ _shift(x, 30)).mul_(_MIX1)
+    x = x.bitwise_xor_(_shift(x, 27)).mul_(_MIX2)
+    return x.bitwise_xor_(_shift(x, 31))
 
 
 def fold(key: Tensor, data: Tensor | int) -> Tensor:
@@ -231,7 +267,7 @@ def gumbel(key: Tensor, position: Tensor, tokens: int | Tensor) -> Tensor:
     `tokens` is the vocabulary's size, which gives (b, v), or token ids (b, k), which gives the same numbers for those alone.
     """
     ids = torch.arange(tokens, device=key.device) if isinstance(tokens, int) else tokens
-    state = fold(key, position)[:, None] + (ids + 1) * _GOLDEN
+    state = ids * _GOLDEN + (fold(key, position) + _GOLDEN)[:, None]
     # 40 bits make the uniform's small values, hence the noise's large ones, exact to full fp32 precision
-    uniform = (_shift(hash64(state), 24).float() + 0.5) * 2.0**-40
-    return -torch.log(-torch.log1p(-uniform.clamp(max=1 - 2.0**-24)))
+    minus = _shift(hash64(state), 24).float().add_(0.5).mul_(-(2.0**-40)).clamp_(min=2.0**-24 - 1)
+    return minus.log1p_().neg_().log_().neg_()

@@ -1,5 +1,6 @@
 """The stages that the training programs are made of: data, tokenizer and model from scratch, imitation, reference."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain, islice
 from typing import Any
@@ -8,7 +9,7 @@ import torch
 
 from xalign import distributed
 from xalign.checkpoint import load_pretrained
-from xalign.config import ModelOptions, RunOptions, SFTOptions, TrainingOptions
+from xalign.config import ModelOptions, RunOptions, SamplingOptions, SFTOptions, TrainingOptions
 from xalign.data import toyworld
 from xalign.data.chat_template import DEFAULT_TEMPLATE, ROLE_MARKERS
 from xalign.data.collate import EncodedExample, Schedule, collate_examples
@@ -16,6 +17,8 @@ from xalign.data.records import Text
 from xalign.data.store import Store
 from xalign.errors import CheckpointError, ConfigError
 from xalign.evaluation.metrics import mean_nll
+from xalign.nn.linear import Linear
+from xalign.nn.quantize import WIDTH, QuantizedLinear, checked, quantize
 from xalign.nn.transformer import Decoder, TransformerWrapper
 from xalign.objectives import SFT
 from xalign.prepare import Split, say
@@ -89,14 +92,40 @@ def parameter_count(model: TransformerWrapper) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def load_model(path: str, dtype: str | None, device: torch.device, *, allow_pickle: bool = False,
-               revision: str | None = None) -> tuple[TransformerWrapper, Tokenizer]:
-    """A model, from a folder or the hub, with its tokenizer, whose ids it knows."""
+def load_model(path: str, dtype: str | None, device: torch.device, *, allow_pickle: bool = False, revision: str | None = None,
+               sampling: SamplingOptions | None = None) -> tuple[TransformerWrapper, Tokenizer]:
+    """A model, from a folder or the hub, with its tokenizer, whose ids it knows; quantised as `sampling` says."""
+    bits, method, group = None, None, None
+    if sampling is not None and (sampling.load_in_8bit or sampling.load_in_4bit):
+        bits, method = 8 if sampling.load_in_8bit else 4, "nf4" if sampling.quant_type == "nf4" else None
+        group = checked(bits, sampling.quant_group_size, method, device)
     model, tokenizer = load_pretrained(path, dtype, device, allow_pickle=allow_pickle, revision=revision)
     if tokenizer is None:
         raise ConfigError(f"{path}: there is no tokenizer in this folder, allowed is a folder with one")
     check_vocabulary(path, model, tokenizer)
+    if sampling is not None and bits is not None:
+        before = _megabytes(model)
+        quantize(model, bits, group_size=group, head=sampling.quant_head, method=method)
+        say(f"{path}: {quantised(model)}; {before:.1f} MB -> {_megabytes(model):.1f} MB")
     return model, tokenizer
+
+
+def _megabytes(model: TransformerWrapper) -> float:
+    return sum(t.nbytes for t in (*model.parameters(), *model.buffers())) / 1e6
+
+
+def quantised(model: TransformerWrapper) -> str:
+    """What `quantize` did: "24 layers int4 (groups of 64), 4 layers int4 (groups of 32), bf16: embedding, norms, tied head"."""
+    found = Counter[str]()
+    for layer in (*model.attn_layers.modules(), model.to_logits):
+        if isinstance(layer, QuantizedLinear):
+            found[f"int4 (groups of {layer.group})" if layer.group else "int8"] += 1
+        elif isinstance(layer, torch.nn.Linear) and type(layer) is not Linear:
+            found["nf4"] += 1
+    left = sum(type(layer) is Linear for layer in model.attn_layers.modules())
+    rest = ["embedding", "norms", *[f"{left} layers whose inputs are no multiple of {WIDTH}"] * (left > 0),
+            *["tied head"] * (model.to_logits is None), *["head"] * (type(model.to_logits) is Linear)]
+    return f"{', '.join(f'{n} layers {kind}' for kind, n in found.items())}, bf16: {', '.join(rest)}"
 
 
 def peek(data: Split[Any], column: str) -> Iterator[Text]:

@@ -9,6 +9,23 @@ from torch import Tensor
 from xalign.errors import ConfigError
 
 
+class Endings:
+    """Tells which of m sequences of token ids a text ends with, in a fixed number of operations; no value is read."""
+
+    def __init__(self, sequences: Sequence[Sequence[int]], device: torch.device):
+        n = max(map(len, sequences), default=0)
+        rows = [[0] * (n - len(s)) + [int(t) for t in s] for s in sequences]
+        self.ids = torch.tensor(rows, dtype=torch.long, device=device).reshape(len(rows), n)
+        self.sizes = torch.tensor([len(s) for s in sequences], dtype=torch.long, device=device)
+        self.columns = torch.arange(-n, 0, device=device)
+        self.free = self.columns < -self.sizes[:, None]  # the columns before a sequence shorter than the longest
+
+    def __call__(self, text: Tensor, lengths: Tensor, within: Tensor) -> Tensor:
+        """True where the newest `within` (b,) of the `lengths` (b,) tokens of a row of `text` (b, w) end so; (b, m)."""
+        last = text.gather(1, (lengths[:, None] + self.columns).clamp(min=0))
+        return ((last[:, None] == self.ids) | self.free).all(-1) & (self.sizes <= within[:, None])
+
+
 class StopTokens:
     """Tells which rows have just ended, by an end token or by a sequence of token ids.
 
@@ -19,22 +36,17 @@ class StopTokens:
     def __init__(self, eos: int | Sequence[int] | Tensor | None, stop: Sequence[Sequence[int]] | None, device: torch.device):
         if any(isinstance(s, (int, str)) for s in stop or []):
             raise ConfigError(f"stop is {stop!r}, allowed is a list of token-id sequences")
-        sequences = [[int(t) for t in s] for s in (stop or [])]
-        if any(not s for s in sequences):
+        if any(not len(s) for s in stop or []):
             raise ConfigError("stop holds an empty sequence, allowed are sequences of at least one token id")
         self.eos = torch.as_tensor([] if eos is None else eos, dtype=torch.long, device=device).reshape(-1)
-        self.sequences = [torch.tensor(s, dtype=torch.long, device=device) for s in sequences]
+        self.endings = Endings([*self.eos[:, None].tolist(), *(stop or [])], device)
 
     def __bool__(self) -> bool:
-        return bool(len(self.eos) or self.sequences)
+        return len(self.endings.sizes) > 0
 
-    def hits(self, generated: Tensor) -> Tensor:
-        """True where a row of `generated` (b, t), t >= 1, ends with a stop; (b,)."""
-        hit = torch.isin(generated[:, -1], self.eos)
-        for s in self.sequences:
-            if len(s) <= generated.shape[1]:
-                hit = hit | (generated[:, -len(s) :] == s).all(-1)
-        return hit
+    def hits(self, text: Tensor, lengths: Tensor, prompt_lengths: Tensor) -> Tensor:
+        """True where a row of `text` (b, w), `lengths` (b,) tokens of which `prompt_lengths` (b,) were given, ended; (b,)."""
+        return self.endings(text, lengths, lengths - prompt_lengths).any(-1)
 
 
 class StopStrings:

@@ -1,10 +1,11 @@
-"""Our own engine: prompts (text or messages) to completions, in batches of similar length."""
+"""Our own engine: prompts (text or messages) to completions, many at once."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from xalign import sampling
@@ -12,6 +13,8 @@ from xalign.backends.base import Completion, SamplingParams
 from xalign.data.chat_template import render_prompt
 from xalign.data.records import Text
 from xalign.nn.autoregressive import AutoregressiveWrapper
+from xalign.nn.decoding import room
+from xalign.nn.engine import rounds
 from xalign.nn.transformer import TransformerWrapper
 from xalign.stopping import StopStrings, Utf8Stream
 from xalign.tokenizers import Tokenizer
@@ -21,43 +24,59 @@ DRAWING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "pres
 
 
 class NativeBackend:
-    """`generate` and `stream` for one model and its tokenizer; `batch_size` bounds the rows that run together."""
+    """`generate` and `stream` for one model and its tokenizer.
 
-    def __init__(self, model: TransformerWrapper, tokenizer: Tokenizer, batch_size: int = 64):
+    At most `batch_size` rows run together, and their cache holds at most `cache_tokens` tokens (None: no bound).
+    """
+
+    def __init__(self, model: TransformerWrapper, tokenizer: Tokenizer, batch_size: int = 64, cache_tokens: int | None = None):
         self.wrapper = AutoregressiveWrapper(model, pad_value=tokenizer.pad_id)
-        self.tokenizer, self.batch_size = tokenizer, batch_size
+        self.tokenizer, self.batch_size, self.cache_tokens = tokenizer, batch_size, cache_tokens
 
     def generate(self, prompts: Sequence[Text], params: SamplingParams, progress: str = "") -> list[list[Completion]]:
         """`params.n` completions of each prompt, in the prompts' order; `progress` names a progress bar."""
         rendered = [render_prompt(self.tokenizer, prompt) for prompt in prompts]
-        order = sorted(range(len(prompts)), key=lambda i: len(rendered[i].ids))
         results: list[list[Completion]] = [[] for _ in prompts]
-        size = max(1, self.batch_size // (params.n * params.beams))
+        alike: dict[tuple[int, ...], list[int]] = {}
+        for i, r in enumerate(rendered):
+            alike.setdefault(tuple(sorted(r.stops)), []).append(i)
         with tqdm(total=len(prompts), desc=progress, unit="prompt", disable=not progress, mininterval=1) as bar:
-            for at in range(0, len(order), size):
-                rows = order[at : at + size]
-                stops = sorted({s for i in rows for s in rendered[i].stops})
-                tokens, logps = self._tokens([rendered[i].ids for i in rows], rows, stops, params)
+            for stops, rows in alike.items():
+                tokens, logps = self._tokens([rendered[i].ids for i in rows], rows, stops, params, bar.update)
                 for row, i in enumerate(rows):
                     results[i] = [self._completion(text, None if logps is None else logps[row, n], stops, params)
                                   for n, text in enumerate(tokens[row].tolist())]
-                bar.update(len(rows))
         return results
 
-    def _tokens(self, ids: list[list[int]], rows: list[int], stops: list[int],
-                params: SamplingParams) -> tuple[Tensor, Tensor | None]:
+    def _tokens(self, ids: list[list[int]], rows: list[int], stops: Sequence[int], params: SamplingParams,
+                progress: Callable[[int], object]) -> tuple[Tensor, Tensor | None]:
         """Token ids and their log-probabilities (None of beams), (b, n, m) each."""
         prompts = [torch.tensor(row) for row in ids]
         if params.beams > 1:
-            best = self.wrapper.beam_search(prompts, params.max_new_tokens, params.beams, stops, params.length_penalty)
-            return best[:, None], None
+            return self._beams(prompts, stops, params, progress), None
         options: dict[str, Any] = {name: getattr(params, name) for name in DRAWING}
         seeds = None if params.seed is None else sampling.row_keys(params.seed, max(rows) + 1)[rows]
-        options |= {"seed": seeds, "num_samples": params.n, "eos_token": stops}
+        options |= {"seed": seeds, "num_samples": params.n, "eos_token": stops, "batch_size": self.batch_size,
+                    "cache_tokens": self.cache_tokens, "progress": progress}
         tokens, logps = self.wrapper.generate(prompts, params.max_new_tokens, return_logprobs=True, **options)
         return (tokens, logps) if params.n > 1 else (tokens[:, None], logps[:, None])
 
-    def _completion(self, tokens: list[int], logps: Tensor | None, stops: list[int], params: SamplingParams) -> Completion:
+    def _beams(self, prompts: list[Tensor], stops: Sequence[int], params: SamplingParams,
+               progress: Callable[[int], object]) -> Tensor:
+        """The best text of each prompt, (b, 1, m): batches of similar length, behind their end the pad token."""
+        best: list[Tensor] = [prompts[0]] * len(prompts)
+        needs = [room(len(p), params.max_new_tokens, params.beams, self.wrapper.max_seq_len) for p in prompts]
+        for group, places in rounds(needs, max(1, self.batch_size // params.beams), self.cache_tokens):
+            for at in range(0, len(group), places):
+                rows = group[at : at + places]
+                found = self.wrapper.beam_search([prompts[i] for i in rows], params.max_new_tokens, params.beams, stops,
+                                                 params.length_penalty)
+                for i, text in zip(rows, found, strict=True):
+                    best[i] = text
+                progress(len(rows))
+        return pad_sequence(best, batch_first=True, padding_value=self.wrapper.pad_value)[:, None]
+
+    def _completion(self, tokens: list[int], logps: Tensor | None, stops: Sequence[int], params: SamplingParams) -> Completion:
         reader = _Reader(self.tokenizer, stops, params.stop)
         text, used = "", 0
         while used < len(tokens) and not reader.ended:

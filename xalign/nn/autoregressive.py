@@ -1,7 +1,8 @@
 """`AutoregressiveWrapper`: the language-model loss, sampling, streaming and beam search around one decoder."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -10,13 +11,15 @@ from torch import Tensor, nn
 from xalign import sampling
 from xalign.drawing import Draw, Penalties
 from xalign.logprobs import scored_logprobs
-from xalign.nn.decoding import Decoding, Prompts, evaluating, left_padded
+from xalign.nn.decoding import Decoding, Prompts, as_rows, evaluating, room
+from xalign.nn.engine import Engine, rounds
+from xalign.nn.linear import Packed
 from xalign.nn.transformer import TransformerWrapper
 from xalign.stopping import StopTokens
 
 Ends = int | Sequence[int] | None
 Number = float | Tensor
-CHECK_EVERY = 8  # steps between looks at the end-of-text flag where a look stalls the device
+BEAM_OPTIONS = {"prompts", "seq_len", "eos_token", "prompt_lens", "cache_kv", "beams", "length_penalty"}
 
 
 class AutoregressiveWrapper(nn.Module):
@@ -51,7 +54,9 @@ class AutoregressiveWrapper(nn.Module):
                  logit_bias: dict[int, float] | Tensor | None = None, bad_words: Sequence[Sequence[int]] | None = None,
                  min_new_tokens: int = 0, num_samples: int = 1, beams: int = 1, length_penalty: float = 1.0,
                  stop: Sequence[Sequence[int]] | None = None, seed: int | Tensor | None = None,
-                 generator: torch.Generator | None = None, return_logprobs: bool = False) -> Any:
+                 generator: torch.Generator | None = None, return_logprobs: bool = False, batch_size: int | None = None,
+                 cache_tokens: int | None = None, engine: str | None = None,
+                 progress: Callable[[int], object] | None = None) -> Any:
         """New tokens only, (b, m), m <= seq_len the longest row with its end; behind a row's end stands `pad_value`.
 
         `prompts` are (b, n) (right-padded where `prompt_lens` is given), (n,) -> (m,), or a list of 1-D tensors.
@@ -64,100 +69,106 @@ class AutoregressiveWrapper(nn.Module):
         an int, (b,) ints, or None for one from `generator` or torch's own. `return_logprobs` gives (tokens, logps): nats
         under the unfiltered model at temperature 1, 0 behind the end. A text that outgrows `max_seq_len` is cut to
         the newest half of the window and goes on. Raises `ValueError` for values out of range.
+
+        At most `batch_size` rows run together, whose cache holds at most `cache_tokens` tokens; a row that ends makes room for
+        the next prompt. `engine` is "eager", "graph" (a CUDA graph a step; what is None on CUDA) or "compile" (torch.compile).
+        `progress` is called with the number of prompts that have just been finished.
         """
-        sampled = locals()
-        options = {k: v for k, v in sampled.items() if k not in ("self", "beams", "length_penalty")}
+        sampled = {k: v for k, v in locals().items() if k not in BEAM_OPTIONS | {"self"}}
         if beams != 1:
-            defaults = {**(self.generate.__kwdefaults__ or {}), "temperature": 1.0, "filter_logits_fn": None}
-            for name in ("temperature", "filter_logits_fn", "top_k", "top_p", "min_p", "repetition_penalty",
-                         "presence_penalty", "frequency_penalty", "logit_bias", "bad_words", "min_new_tokens", "num_samples",
-                         "stop", "seed", "generator", "return_logprobs"):
-                if isinstance(sampled[name], Tensor) or sampled[name] != defaults[name]:
+            defaults = {**(self.generate.__kwdefaults__ or {}), "temperature": 1.0, "filter_logits_fn": None,
+                        "filter_kwargs": {}}
+            for name, value in sampled.items():
+                if isinstance(value, Tensor) or value != defaults[name]:
                     raise ValueError(f"beams is {beams} and {name} is given, allowed is one of them")
             return self.beam_search(prompts, seq_len, beams, eos_token, length_penalty, prompt_lens, cache_kv=cache_kv)
-        with evaluating(self.net), torch.no_grad():
-            steps = list(self._sample(**options))
+        run = self._engine(prompts, seq_len, eos_token, prompt_lens=prompt_lens, cache_kv=cache_kv, **sampled)
+        with self._decoding():
+            for _ in run.run():
+                pass
+        longest = int(run.counts.max())
         single = isinstance(prompts, Tensor) and prompts.ndim == 1
-        if not steps:
-            shape = [1 if isinstance(prompts, Tensor) and single else len(prompts), num_samples, 0]
-            device = self.net.token_emb.weight.device
-            tokens, logps = torch.zeros(shape, dtype=torch.long, device=device), torch.zeros(shape, device=device)
-        else:
-            tokens, logps = (torch.stack([s[i] for s in steps], -1) for i in (0, 1))
-            longest = int(torch.stack([s[2] for s in steps]).any(-1).any(-1).sum())
-            tokens, logps = tokens[..., :longest], logps[..., :longest]
-        tokens, logps = (self._shape(t, single, num_samples) for t in (tokens, logps))
+        tokens, logps = (self._shape(t[:, :longest], single, num_samples) for t in (run.tokens, run.logps))
         return (tokens, logps) if return_logprobs else tokens
 
     def stream(self, prompts: Prompts, seq_len: int, eos_token: Ends = None, temperature: Number = 1.0, *,
                num_samples: int = 1, **options: Any) -> Iterator[Tensor]:
         """The tokens of `generate`, one step at a time as they come, (b,) each; stacked they equal it.
 
-        Takes `generate`'s options except beams and `return_logprobs`.
+        Takes `generate`'s options except beams, `return_logprobs`, `batch_size`, `cache_tokens` and `progress`.
         """
+        for name in options.keys() & {"return_logprobs", "batch_size", "cache_tokens", "progress"}:
+            raise TypeError(f"stream takes no {name}")
         single = isinstance(prompts, Tensor) and prompts.ndim == 1
-        steps = self._sample(prompts, seq_len, eos_token, temperature, num_samples=num_samples, check_every=1, **options)
+        run = self._engine(prompts, seq_len, eos_token, temperature, num_samples=num_samples, lockstep=True, **options)
+        steps, packed = run.run(), None
         while True:
+            # between two steps the reader has its own modes
             with evaluating(self.net), torch.no_grad():
-                step = next(steps, None)
-            if step is None:
+                packed = packed or Packed(self.net)
+                with packed:
+                    going = next(steps, self) is None
+                    newest = run.newest() if going else None
+            if newest is None:
                 return
-            yield self._shape(step[0][..., None], single, num_samples)[..., 0]
+            yield self._shape(newest[:, None], single, num_samples)[..., 0]
+
+    def _decoding(self) -> ExitStack:
+        """The state in which the model decodes: eval mode, no gradients, packed weights."""
+        stack = ExitStack()
+        stack.enter_context(evaluating(self.net))
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(Packed(self.net))
+        return stack
 
     @staticmethod
     def _shape(t: Tensor, single: bool, samples: int) -> Tensor:
-        """(b, s, m) -> the caller's shape."""
+        """(b * s, m) -> the caller's shape."""
+        t = t.unflatten(0, (-1, samples))
         t = t if samples > 1 else t[:, 0]
         return t[0] if single else t
 
-    def _sample(self, prompts: Prompts, seq_len: int, eos_token: Ends = None, temperature: Number = 1.0,
+    def _engine(self, prompts: Prompts, seq_len: int, eos_token: Ends = None, temperature: Number = 1.0,
                 prompt_lens: Tensor | Sequence[int] | None = None, filter_logits_fn: Any = None,
                 filter_kwargs: dict | Sequence[dict] = {}, cache_kv: bool = True, *,  # noqa: B006
                 top_k: int | Tensor | None = None, top_p: Number | None = None, min_p: Number | None = None,
                 repetition_penalty: Number = 1.0, presence_penalty: Number = 0.0, frequency_penalty: Number = 0.0,
                 logit_bias: dict[int, float] | Tensor | None = None, bad_words: Sequence[Sequence[int]] | None = None,
                 min_new_tokens: int = 0, num_samples: int = 1, stop: Sequence[Sequence[int]] | None = None,
-                seed: int | Tensor | None = None, generator: torch.Generator | None = None,
-                check_every: int | None = None, return_logprobs: bool = False) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Steps of (tokens, logps, live), each (b, s); `live` is True where the token belongs to the row.
-
-        The caller takes each step in eval mode under no_grad, so that a reader between two steps has its own modes.
-        """
+                seed: int | Tensor | None = None, generator: torch.Generator | None = None, return_logprobs: bool = False,
+                batch_size: int | None = None, cache_tokens: int | None = None, engine: str | None = None,
+                progress: Callable[[int], object] | None = None, lockstep: bool = False) -> Engine:
+        """`generate`'s options, checked, as an engine that is ready to run."""
         device = self.net.token_emb.weight.device
-        padded, lengths = left_padded(prompts, prompt_lens, device)
-        b, s = len(lengths), _whole("num_samples", num_samples, 1)
+        rows = as_rows(prompts, prompt_lens, device)
+        b, s = len(rows), _whole("num_samples", num_samples, 1)
         steps = _whole("seq_len", seq_len, 0)
         per_row = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
                    "repetition_penalty": repetition_penalty, "presence_penalty": presence_penalty,
                    "frequency_penalty": frequency_penalty}
         for name, value in per_row.items():
-            if isinstance(value, Tensor) and value.ndim:
-                if value.shape != (b,):
+            if isinstance(value, Tensor):
+                if value.ndim and value.shape != (b,):
                     raise ValueError(f"{name} has shape {tuple(value.shape)}, allowed is a number or ({b},)")
-                per_row[name] = value.to(device).repeat_interleave(s)
+                per_row[name] = value.to(device).repeat_interleave(s) if value.ndim else value.to(device)
         stops = StopTokens(eos_token, stop, device)
         penalise = Penalties(self.net.num_tokens, device, stops.eos, logit_bias=logit_bias, bad_words=bad_words,
                              min_new_tokens=_whole("min_new_tokens", min_new_tokens, 0),
                              **{name: per_row.pop(f"{name}_penalty") for name in ("repetition", "presence", "frequency")})
         draw = Draw(per_row, sampling.compose(filter_logits_fn, filter_kwargs), b * s, device)
         keys = sampling.row_keys(self._seed(seed, generator, device), b, s, device)
-
-        state = Decoding(self.net, padded, lengths, steps, cache_kv, copies=s)
-        start = state.end
-        done, nothing = torch.zeros(b * s, dtype=torch.bool, device=device), torch.zeros(b * s, device=device)
-        every = check_every or (1 if device.type == "cpu" else CHECK_EVERY)
-        for t in range(steps):
-            logits = state.logits().float()
-            x = penalise(logits, state.text, state.real, start, state.end) if penalise else logits
-            token = draw(x, keys, state.prompt_lengths + t)
-            logp = logits.gather(-1, token[:, None])[:, 0] - logits.logsumexp(-1) if return_logprobs else nothing
-            state.append(token)
-            yield (token.masked_fill(done, self.pad_value).view(b, s), logp.masked_fill(done, 0.0).view(b, s),
-                   ~done.view(b, s))
-            if stops:
-                done = done | stops.hits(state.text[:, start : state.end])
-                if (t + 1) % every == 0 and bool(done.all()):
-                    return
+        engine = ("graph" if device.type == "cuda" and cache_kv else "eager") if engine is None else engine
+        if engine != "eager" and not cache_kv:
+            raise ValueError(f"engine is {engine!r} and cache_kv is False, allowed is 'eager'")
+        if engine not in ("eager", "graph", "compile") or (engine == "graph" and device.type != "cuda"):
+            raise ValueError(f"engine is {engine!r}, allowed is 'eager', 'compile', and on CUDA 'graph'")
+        for name, value in (("batch_size", batch_size), ("cache_tokens", cache_tokens)):
+            if value is not None:
+                _whole(name, value, 1)
+        plan = rounds([room(len(r), steps, s, self.max_seq_len) for r in rows],
+                      None if batch_size is None else max(1, batch_size // s), cache_tokens)
+        return Engine(self.net, rows, steps, plan, copies=s, cached=cache_kv, penalise=penalise, draw=draw, stops=stops,
+                      keys=keys, pad=self.pad_value, score=return_logprobs, mode=engine, lockstep=lockstep, progress=progress)
 
     @staticmethod
     def _seed(seed: int | Tensor | None, generator: torch.Generator | None, device: torch.device) -> int | Tensor:
@@ -184,10 +195,9 @@ class AutoregressiveWrapper(nn.Module):
         if not math.isfinite(length_penalty):
             raise ValueError(f"length_penalty is {length_penalty}, allowed is a finite number")
         device, v = net.token_emb.weight.device, net.num_tokens
-        padded, lengths = left_padded(prompts, prompt_lens, device)
-        b, stops = len(lengths), StopTokens(eos_token, None, device)
+        rows = as_rows(prompts, prompt_lens, device)
+        b, stops = len(rows), StopTokens(eos_token, None, device)
         candidates = min(max(2, 1 + len(stops.eos)) * w, w * v)
-        state = Decoding(net, padded, lengths, steps, cache_kv, copies=w)
         neg_inf = float("-inf")
         live_scores = torch.full((b, w), neg_inf, device=device)
         live_scores[:, 0] = 0.0
@@ -195,8 +205,11 @@ class AutoregressiveWrapper(nn.Module):
         best, best_scores, best_lengths = live.clone(), torch.full_like(live_scores, neg_inf), live.new_zeros(b, w)
         rank, first_row = torch.arange(candidates, device=device), torch.arange(b, device=device)[:, None] * w
 
-        with evaluating(net):
+        with self._decoding():
+            everywhere, state = list(range(b)), Decoding(net, rows, steps, copies=w, cached=cache_kv)
+            state.admit(everywhere, everywhere)
             for t in range(steps):
+                state.prepare(everywhere)
                 logps = state.logits().float().log_softmax(-1)
                 total = (live_scores[..., None] + logps.view(b, w, v)).view(b, w * v)
                 scores, index = total.topk(candidates)
@@ -214,8 +227,10 @@ class AutoregressiveWrapper(nn.Module):
                 longest = steps if length_penalty > 0 else t + 1
                 if t + 1 == steps or bool((live_scores[:, 0] / longest**length_penalty <= best_scores[:, -1]).all()):
                     break
-                rows = (first_row + beam.gather(1, keep)).view(-1) if w > 1 else None
-                state.append(token.gather(1, keep).view(-1), rows)
+                if w > 1:
+                    state.reorder((first_row + beam.gather(1, keep)).view(-1))
+                state.append(token.gather(1, keep).view(-1))
+                state.advance(everywhere)
         best_lengths = best_lengths.masked_fill(best_scores == neg_inf, 0)
         behind = torch.arange(steps, device=device) >= best_lengths[..., None]
         best = best.masked_fill(behind, self.pad_value)

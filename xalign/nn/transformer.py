@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from xalign.errors import ConfigError, reject_unknown
-from xalign.nn.attention import Attention, Cache, Context, DecodeBuffer, Prefix, alibi_slopes
-from xalign.nn.linear import Linear, product
+from xalign.nn.attention import Attention, Context, alibi_slopes
+from xalign.nn.cache import Cache, DecodeBuffer, Prefix
+from xalign.nn.linear import Linear, product, products
 from xalign.nn.rotary import check_scaling, rotary_angles
 
 # Initial standard deviations: of matrices 1 / sqrt(inputs), of the layers' last ones / sqrt(2 depth) more (Radford et
@@ -48,8 +49,15 @@ class FeedForward(nn.Module):
         self.act = act
         self.dropout = nn.Dropout(dropout)
 
+    def grouped(self) -> list[list[nn.Module]]:
+        return [[self.up] if self.gate is None else [self.gate, self.up], [self.down]]
+
     def forward(self, x: Tensor) -> Tensor:
-        hidden = self.act(self.up(x)) if self.gate is None else self.act(self.gate(x)) * self.up(x)
+        if self.gate is None:
+            hidden = self.act(self.up(x))
+        else:
+            gate, up = products(x, (self.gate, self.up))
+            hidden = self.act(gate) * up
         return self.down(self.dropout(hidden))
 
 
@@ -136,28 +144,44 @@ class Decoder(nn.Module):
 
     def context(self, positions: Tensor, mask: Tensor | None, cache: Cache | None) -> Context:
         """What the layers share: `positions` (b | 1, past + n) count real tokens, `mask` likewise is True on them."""
-        behind = cache.length if cache is not None else 0
-        m = positions.shape[1]
-        rotation = None
-        if self.rotary is not None:
-            rotation = tuple(t[:, None] for t in rotary_angles(positions[:, behind:], *self.rotary))
-        window = self.window if self.window is not None and m > self.window else None  # None: it holds all that came before
-        plain = mask is None and not self.alibi and window is None
+        behind, m = cache.length if cache is not None else 0, positions.shape[1]
+        rotation = self._rotation(positions[:, behind:])
+        windowed = self.window is not None and m > self.window  # else it holds all that came before
+        plain = mask is None and not self.alibi and not windowed
         if plain and (behind == 0 or m - behind == 1):
-            return Context(None, behind == 0, rotation, cache)  # type: ignore[arg-type]
+            return Context(None, behind == 0, rotation, cache)
         slots = torch.arange(m, device=positions.device)
         allowed = (slots <= slots[behind:, None])[None, None]
         if mask is not None:
             # a padding query sees at least itself, so that no softmax is empty; nobody sees it
             allowed = allowed & (mask[:, None, None] | (slots == slots[behind:, None]))
-        if self.alibi or window is not None:
-            distance = positions[:, None, behind:, None] - positions[:, None, None, :]
-            if window is not None:
-                allowed = allowed & (distance < window)
-            if self.alibi:
-                slopes = alibi_slopes(self.heads).to(positions.device)[:, None, None]
-                allowed = (-slopes * distance.float()).masked_fill(~allowed, float("-inf"))
-        return Context(allowed, False, rotation, cache)  # type: ignore[arg-type]
+        return Context(self._bias(allowed, positions[:, behind:], positions, windowed), False, rotation, cache)
+
+    def step_context(self, buffer: DecodeBuffer) -> Context:
+        """The same where each row goes on by one token, from its own length."""
+        at, (mask, seen) = buffer.positions(), buffer.seen()
+        windowed = self.window is not None and seen.shape[1] > self.window
+        allowed = None if mask is None else mask[:, None, None]
+        if self.alibi or windowed:
+            allowed = at.new_ones((), dtype=torch.bool) if allowed is None else allowed
+            allowed = self._bias(allowed, at, seen, windowed)
+        return Context(allowed, False, self._rotation(at), buffer)
+
+    def _rotation(self, positions: Tensor) -> tuple[Tensor, Tensor] | None:
+        if self.rotary is None:
+            return None
+        cos, sin = rotary_angles(positions, *self.rotary)
+        return cos[:, None], sin[:, None]
+
+    def _bias(self, allowed: Tensor, queries: Tensor, keys: Tensor, windowed: bool) -> Tensor:
+        """`allowed` (b | 1, 1, n, m) and what the window and ALiBi add, by positions (b | 1, n) and (b | 1, m)."""
+        distance = queries[:, None, :, None] - keys[:, None, None, :]
+        if windowed:
+            allowed = allowed & (distance < (self.window or 0))
+        if not self.alibi:
+            return allowed
+        slopes = alibi_slopes(self.heads, keys.device)[:, None, None]
+        return (-slopes * distance.float()).masked_fill(~allowed, float("-inf"))
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         for layer in self.layers:
@@ -193,13 +217,15 @@ class TransformerWrapper(nn.Module):
             if module is not None:
                 nn.init.normal_(module.weight, std=scale * dim**-0.5)
 
-    def decode_buffer(self, rows: int, capacity: int) -> DecodeBuffer:
-        """An empty preallocated cache for `rows` rows of up to `capacity` tokens."""
-        layers, weight = self.attn_layers, self.token_emb.weight
-        dtype = torch.get_autocast_dtype(weight.device.type) if torch.is_autocast_enabled(weight.device.type) else weight.dtype
-        return DecodeBuffer(layers.depth, (rows, layers.kv_heads, capacity, layers.dim_head), dtype, weight.device)
+    def decode_buffer(self, rows: int, capacity: int, **shape: Any) -> DecodeBuffer:
+        """An empty preallocated cache for `rows` rows of up to `capacity` tokens; `shape` as `DecodeBuffer` takes it."""
+        layers, device = self.attn_layers, self.token_emb.weight.device
+        dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else self.token_emb.weight.dtype
+        # a CPU multiplies a few bf16 rows by bf16 keys no faster than fp32 ones (docs/log.md)
+        dtype = torch.float32 if device.type == "cpu" and dtype in (torch.bfloat16, torch.float16) else dtype
+        return DecodeBuffer(layers.depth, rows, layers.kv_heads, capacity, layers.dim_head, dtype, device, **shape)
 
-    def forward(self, tokens: Tensor, mask: Tensor | None = None, *, cache: Prefix | DecodeBuffer | None = None,
+    def forward(self, tokens: Tensor, mask: Tensor | None = None, *, cache: Prefix | None = None,
                 input_not_include_cache: bool = False, return_intermediates: bool = False,
                 return_embeddings: bool = False) -> Any:
         """Give logits (b, n, v), or with `return_intermediates` (logits, cache) to go on from.
@@ -221,12 +247,8 @@ class TransformerWrapper(nn.Module):
         b, n = tokens.shape
         if mask is not None and mask.shape != tokens.shape:
             raise ValueError(f"mask has shape {tuple(mask.shape)}, allowed is that of the tokens, {(b, n)}")
-        self._check_ids(tokens)
-        grown: Prefix | DecodeBuffer | None = None
-        if cache is not None:
-            grown = cache.branch(b)
-        elif return_intermediates:
-            grown = Prefix.empty()
+        self.check_ids(tokens)
+        grown = cache.branch(b) if cache is not None else Prefix.empty() if return_intermediates else None
         behind = grown.length if grown is not None else 0
         positions, whole = self._positions(tokens, mask, grown.mask if grown is not None else None, behind)
 
@@ -238,14 +260,33 @@ class TransformerWrapper(nn.Module):
             self._check_positions(positions, whole, self.max_seq_len, "max_seq_len is {} and the positions are absolute")
             x = x + self.pos_emb(positions[:, behind:])
         x = self.attn_layers(self.emb_dropout(x), self.attn_layers.context(positions, whole, grown))
-        grown = None if grown is None else grown.advance(whole, n)
         out = x if return_embeddings else self.logits(x)
-        return (out, grown) if return_intermediates else out
+        return (out, None if grown is None else grown.advance(whole, n)) if return_intermediates else out
+
+    def step(self, tokens: Tensor, buffer: DecodeBuffer, live: Tensor | None = None) -> Tensor:
+        """Go on from `buffer` by a token a row, (b,), under no_grad: logits (b, v) of the tokens that come next.
+
+        Rows that are False in `live` (b,) don't grow. Nothing is read on the host, so neither ids nor positions are checked.
+        """
+        if torch.is_grad_enabled():
+            raise RuntimeError("a decode buffer is written in place: use it under torch.no_grad()")
+        if tokens.shape != buffer.rows.shape:
+            raise ValueError(f"tokens have shape {tuple(tokens.shape)}, allowed is one for each row of this decode buffer, "
+                             f"({len(buffer.rows)},)")
+        x = self.token_emb(tokens[:, None])
+        if self.pos_emb is not None:
+            # a row that stands still may have filled its window: any position will do
+            x = x + self.pos_emb(buffer.positions().clamp(max=self.max_seq_len - 1))
+        x = self.attn_layers(x, self.attn_layers.step_context(buffer))
+        buffer.advance(live)
+        return self.logits(x[:, 0])
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The head: final hidden states (..., d) -> logits (..., v)."""
-        # contiguous, for the sampler: of few rows the product is a transposed view
-        return product(hidden, self.token_emb.weight if self.to_logits is None else self.to_logits.weight).contiguous()
+        return product(hidden, self.token_emb) if self.to_logits is None else self.to_logits(hidden)
+
+    def grouped(self) -> list[list[nn.Module]]:
+        return [[self.token_emb if self.to_logits is None else self.to_logits]]
 
     @staticmethod
     def _positions(tokens: Tensor, mask: Tensor | None, past: Tensor | None, behind: int) -> tuple[Tensor, Tensor | None]:
@@ -257,7 +298,7 @@ class TransformerWrapper(nn.Module):
         whole = torch.cat(parts, 1)
         return (whole.cumsum(1) - 1).clamp(min=0), whole
 
-    def _check_ids(self, tokens: Tensor) -> None:
+    def check_ids(self, tokens: Tensor) -> None:
         if tokens.device.type == "cpu" and tokens.numel() and not torch.compiler.is_compiling():
             low, high = (int(t) for t in tokens.aminmax())
             if low < 0 or high >= self.num_tokens:
