@@ -52,8 +52,9 @@ def temperature(logits: Tensor, t: float | Tensor) -> Tensor:
     overflows = ~((top / safe).abs() <= torch.finfo(logits.dtype).max / 2)
     scaled = (x - torch.where(overflows, top.clamp(min=torch.finfo(torch.float32).min), 0.0)) / safe
     if may_be_greedy:
-        greedy = torch.arange(x.shape[-1], device=x.device) == x.argmax(-1, keepdim=True)
-        scaled = torch.where(t == 0, torch.where(greedy, 0.0, NEG_INF), scaled)
+        first = x.argmax(-1, keepdim=True)
+        scaled = torch.minimum(scaled, torch.where(t == 0, NEG_INF, math.inf))
+        scaled = scaled.scatter(-1, first, torch.where(t == 0, 0.0, scaled.gather(-1, first)))
     return scaled.to(logits.dtype)
 
 
@@ -159,11 +160,10 @@ def top_a(logits: Tensor, min_p_pow: float = 2.0, min_p_ratio: float = 0.02) -> 
     return logits.masked_fill((probs < top.pow(min_p_pow) * min_p_ratio) & (probs < top), NEG_INF)
 
 
-def _counts(logits: Tensor, tokens: Tensor, mask: Tensor | None) -> Tensor:
-    """How often each token of the vocabulary is among `tokens` (..., n) where `mask` is True: (..., v), fp32."""
-    ones = torch.ones_like(tokens, dtype=torch.float32) if mask is None else mask.float()
-    tokens = tokens if mask is None else tokens.where(mask, 0)  # what isn't counted need not be a token
-    return torch.zeros_like(logits, dtype=torch.float32).scatter_add(-1, tokens, ones)
+def _seen(logits: Tensor, tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The logits with one more column, where the `tokens` (..., n) go that don't count, and the columns of `tokens`."""
+    columns = tokens if mask is None else tokens.where(mask, logits.shape[-1])
+    return torch.cat((logits, logits[..., :1]), -1), columns
 
 
 def repetition_penalty(logits: Tensor, tokens: Tensor, penalty: float | Tensor, mask: Tensor | None = None) -> Tensor:
@@ -173,11 +173,12 @@ def repetition_penalty(logits: Tensor, tokens: Tensor, penalty: float | Tensor, 
     """
     if not isinstance(penalty, Tensor):
         _scalar("repetition_penalty", penalty, torch.finfo(torch.float32).tiny, 1e30, "a finite number > 0")
-    factor, counts = per_row(penalty, logits, torch.finfo(torch.float32).tiny, 1e30), _counts(logits, tokens, mask)
-    x = logits.float()
+    factor = per_row(penalty, logits, torch.finfo(torch.float32).tiny, 1e30)
+    padded, columns = _seen(logits, tokens, mask)
+    x = padded.gather(-1, columns).float()
     big = torch.finfo(logits.dtype).max  # a finite logit stays finite, lest the penalty remove tokens, or all of them
-    penalised = torch.where(x > 0, x / factor, x * factor).clamp(-big, big)
-    return torch.where((counts > 0) & x.isfinite(), penalised, x).to(logits.dtype)
+    penalised = torch.where(x > 0, x / factor, x * factor).clamp(-big, big).where(x.isfinite(), x)
+    return padded.scatter(-1, columns, penalised.to(logits.dtype))[..., :-1]
 
 
 def count_penalty(logits: Tensor, tokens: Tensor, presence: float | Tensor = 0.0, frequency: float | Tensor = 0.0,
@@ -189,11 +190,13 @@ def count_penalty(logits: Tensor, tokens: Tensor, presence: float | Tensor = 0.0
     for name, value in (("presence_penalty", presence), ("frequency_penalty", frequency)):
         if not isinstance(value, Tensor):
             _scalar(name, value, -1e30, 1e30, "a finite number")
-    counts = _counts(logits, tokens, mask)
-    less = per_row(presence, logits, -1e30, 1e30) * (counts > 0) + per_row(frequency, logits, -1e30, 1e30) * counts
-    big = torch.finfo(logits.dtype).max
-    x = logits.float()
-    return torch.where((counts > 0) & x.isfinite(), (x - less).clamp(-big, big), x).to(logits.dtype)
+    padded, columns = _seen(logits, tokens, mask)
+    one = torch.ones((), device=logits.device).expand(columns.shape)
+    counts = torch.zeros_like(padded, dtype=torch.float32).scatter_add_(-1, columns, one).gather(-1, columns)
+    x, big = padded.gather(-1, columns).float(), torch.finfo(logits.dtype).max
+    less = per_row(presence, logits, -1e30, 1e30) + per_row(frequency, logits, -1e30, 1e30) * counts
+    penalised = (x - less).clamp(-big, big).where(x.isfinite(), x)
+    return padded.scatter(-1, columns, penalised.to(logits.dtype))[..., :-1]
 
 
 FILTERS: dict[str, Callable[..., Tensor]] = {

@@ -13,7 +13,6 @@ from xalign.nn.cache import Cache, DecodeBuffer
 from xalign.nn.linear import Linear, products
 from xalign.nn.rotary import rotate
 
-
 FEW = 8  # rows
 
 
@@ -24,12 +23,12 @@ def attend_one(q: Tensor, cache: DecodeBuffer, layer: int, k: Tensor, v: Tensor,
     `bias` (b | 1, h | 1, 1, m) has the far columns first. Products are in the cache's dtype.
     """
     b, h, _, e = q.shape
-    (_, kv_heads, o, _), dtype = k.shape, q.dtype
+    _, kv_heads, o, _ = k.shape
     if q.device.type == "cpu" and not cache.far_keys and b <= FEW:  # one call; of more rows products in a batch are faster
         if bias is not None and bias.shape[1] > 1:
             bias = bias.view(-1, kv_heads, h // kv_heads, o).to(k.dtype)  # torch would misread fp32 beside fp64
         q = q.to(k.dtype).view(b, kv_heads, h // kv_heads, e)
-        return F.scaled_dot_product_attention(q, k, v, bias).view(b, h, 1, e).to(dtype)
+        return F.scaled_dot_product_attention(q, k, v, bias).view(b, h, 1, e)
     q = (q.to(k.dtype) * e**-0.5).view(b * kv_heads, h // kv_heads, e)
     scores = torch.bmm(q, k.flatten(0, 1).transpose(1, 2)).view(b, h, 1, o)
     far = cache.far_keys[layer] if cache.far_keys else None
@@ -49,7 +48,7 @@ def attend_one(q: Tensor, cache: DecodeBuffer, layer: int, k: Tensor, v: Tensor,
         mine = weights[..., :m].reshape(p, *apart, m).transpose(1, 2).reshape(p * kv_heads, -1, m)
         held = torch.bmm(mine, cache.far_values[layer].flatten(0, 1)).view(p, kv_heads, b // p, -1, e)
         out = out + held.transpose(1, 2).reshape(b, h, 1, e)
-    return out.to(dtype)
+    return out
 
 
 @dataclass
@@ -97,15 +96,17 @@ class Attention(nn.Module):
                    for t in products(x, (self.to_q, self.to_k, self.to_v)))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
+        cache, dtype = context.cache, q.dtype
         if context.rotation is not None:
-            q, k = rotate(q, context.rotation), rotate(k, context.rotation)
-        if context.cache is not None:
-            k, v = context.cache.extend(self.layer, k, v)
-        if isinstance(context.cache, DecodeBuffer):
-            out = attend_one(q, context.cache, self.layer, k, v, context.bias)
+            turned = cache.dtype if isinstance(cache, DecodeBuffer) else dtype  # into an fp32 cache without rounding
+            q, k = rotate(q, context.rotation, turned), rotate(k, context.rotation, turned)
+        if cache is not None:
+            k, v = cache.extend(self.layer, k, v)
+        if isinstance(cache, DecodeBuffer):
+            out = attend_one(q, cache, self.layer, k, v, context.bias)
         else:
             out = self.attend(q, k, v, context)
-        return self.to_out(out.transpose(1, 2).flatten(2))
+        return self.to_out(out.to(dtype).transpose(1, 2).flatten(2))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
         dropout, gqa = self.dropout if self.training else 0.0, q.shape[1] != k.shape[1]
@@ -118,4 +119,4 @@ class Attention(nn.Module):
         with nullcontext() if self.flash else sdpa_kernel(SDPBackend.MATH), torch.autocast(q.device.type, enabled=False):
             out = F.scaled_dot_product_attention(q.to(dtype), k.to(dtype), v.to(dtype), context.bias, dropout, context.causal,
                                                  enable_gqa=gqa)
-        return out.to(q.dtype)
+        return out

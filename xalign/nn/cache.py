@@ -59,7 +59,8 @@ class DecodeBuffer:
     """A preallocated cache of b rows that grow by a token a step, each from its own length; written in place under no_grad.
 
     Keys and values are (b, k, capacity, e) a layer; row i's tokens lie in its first `lengths[i]` columns, and a row that stands
-    still needs one column more. With `far` columns the prompts of p groups are held once, apart, and each serves b / p neighbouring rows, whose own columns come behind it.
+    still needs one column more. With `far` columns the prompts of p groups are held once, apart, and each serves b / p
+    neighbouring rows, whose own columns come behind it.
     All that a step depends on is in tensors of fixed shape if `static`; else only the columns in use are read.
     """
 
@@ -73,7 +74,7 @@ class DecodeBuffer:
         self.lengths, self.far_lengths = (torch.zeros(n, dtype=torch.long, device=device) for n in (rows, groups))
         self.rows, self.columns = torch.arange(rows, device=device), torch.arange(capacity, device=device)
         self.far_columns = torch.arange(far, device=device)
-        self.capacity, self.static = capacity, static
+        self.capacity, self.static, self.dtype = capacity, static, dtype
         self.high, self.even = 0, True  # on the host: the longest row's own length; whether all that matter are so long
 
     def fill(self, rows: Tensor, prefix: Prefix, lengths: Tensor) -> None:
@@ -88,7 +89,7 @@ class DecodeBuffer:
                 buffer[rows, :, :n] = new.to(buffer.dtype)
         if self.far_keys:
             self.far_lengths[rows] = lengths
-            self.lengths.view(len(self.far_lengths), -1)[rows] = 0
+            self.lengths.view(len(self.far_lengths), -1).index_fill_(0, rows, 0)
         else:
             self.lengths[rows] = lengths
 
@@ -114,11 +115,12 @@ class DecodeBuffer:
         if not self.static and self.high >= self.capacity:
             raise ValueError(f"{self.high + 1} tokens, but this decode buffer has room for {self.capacity}")
         if not self.static and self.even:
-            k[:, :, self.high], v[:, :, self.high] = keys[:, :, 0], values[:, :, 0]
+            k.select(2, self.high).copy_(keys.select(2, 0))
+            v.select(2, self.high).copy_(values.select(2, 0))
         else:
             k[self.rows, :, self.lengths] = keys[:, :, 0].to(k.dtype)
             v[self.rows, :, self.lengths] = values[:, :, 0].to(v.dtype)
-        return (k, v) if self.static else (k[:, :, : self.high + 1], v[:, :, : self.high + 1])
+        return (k, v) if self.static else (k.narrow(2, 0, self.high + 1), v.narrow(2, 0, self.high + 1))
 
     def advance(self, live: Tensor | None) -> None:
         """The tokens are in; rows that are False in `live` (b,) stay as they were, and the next token overwrites this one."""

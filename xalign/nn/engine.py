@@ -62,11 +62,11 @@ class Engine:
     def run(self) -> Iterator[None]:
         """Step by step; in between, `newest` gives what was just written."""
         for group, places in self.plan if self.steps else []:
-            self.begin(group, places)
+            step = self.begin(group, places)  # a local: it knows the engine, and a cycle would keep the caches
             self.admit()
             while self.active:
                 self.state.prepare(self.active)
-                self.step()
+                step()
                 self.state.advance(self.active)
                 for p in self.active:
                     self.written[p] += 1
@@ -74,8 +74,8 @@ class Engine:
                 self.retire()
                 self.admit()
 
-    def begin(self, group: list[int], places: int) -> None:
-        """Set up the places of a round; nobody has taken one."""
+    def begin(self, group: list[int], places: int) -> Callable[[], None]:
+        """Set up the places of a round, of which nobody has taken one, and give what runs a step."""
         self.state = state = Decoding(self.net, [self.prompts[i] for i in group], self.steps, places=places, copies=self.copies,
                                       cached=self.cached, static=self.mode != "eager")
         rows, device = places * self.copies, self.keys.device
@@ -86,9 +86,9 @@ class Engine:
         self.requests = torch.zeros(rows, dtype=torch.long, device=device)
         self.done = torch.ones(rows, dtype=torch.bool, device=device)
         self.scores = torch.zeros(state.text.shape if self.score else (rows, 0), device=device)
-        self.step: Callable[[], None] = self.run_step
-        if self.mode != "eager":
-            self.step = Graph(self.run_step, state) if self.mode == "graph" else torch.compile(self.run_step)
+        if self.mode == "graph":
+            return Graph(self.run_step, state)
+        return torch.compile(self.run_step) if self.mode == "compile" else self.run_step
 
     def run_step(self) -> None:
         """One token of every row. All that changes is in tensors, written in place; no value is read on the host."""
@@ -118,7 +118,7 @@ class Engine:
         state.admit(free, prompts)
         rows, owners = state.rows_of(free), [self.group[p] * self.copies + i for p in prompts for i in range(self.copies)]
         self.requests[rows] = to_device(owners, rows.device)
-        self.done[rows] = False
+        self.done.index_fill_(0, rows, False)  # an assignment would wait for a GPU
         for p in free:
             self.written[p] = 0
         self.active = sorted(taken | set(free))
@@ -149,7 +149,7 @@ class Engine:
         if self.score:
             self.logps[requests] = self.scores[rows].gather(1, columns).masked_fill(~real, 0.0)
         self.counts[requests] = real.sum(1)
-        self.done[rows] = True
+        self.done.index_fill_(0, rows, True)
         if self.progress:
             self.progress(len(places))
 

@@ -47,7 +47,8 @@ class Packed:
 
     def __init__(self, model: nn.Module):
         self.calls: list[tuple[nn.Module, str, Callable[[Tensor], Tensor]]] = []
-        for layers in (group for m in model.modules() if hasattr(m, "grouped") for group in m.grouped()):
+        named: list[Any] = [m for m in model.modules() if hasattr(m, "grouped")]
+        for layers in (group for m in named for group in m.grouped()):
             key = "joint" if len(layers) > 1 else "packed"
             call = None if key in layers[0].__dict__ else _call(layers)
             if call is not None:

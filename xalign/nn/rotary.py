@@ -106,10 +106,10 @@ def rotary_angles(positions: Tensor, dim: int, base: float, scaling: dict[str, A
     return (angles.cos(), angles.sin()) if size == 1.0 else (angles.cos() * size, angles.sin() * size)
 
 
-def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+def rotate(x: Tensor, rotation: tuple[Tensor, Tensor], dtype: torch.dtype) -> Tensor:
     """Turn the pairs (i, i + r / 2) of the first r features of `x` (b, h, n, e), in fp32; the rest passes through."""
     cos, sin = rotation
     r = 2 * cos.shape[-1]
     a, b = x[..., :r].float().chunk(2, -1)
-    turned = torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)
-    return turned if r == x.shape[-1] else torch.cat((turned, x[..., r:]), -1)
+    turned = torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(dtype)
+    return turned if r == x.shape[-1] else torch.cat((turned, x[..., r:].to(dtype)), -1)
