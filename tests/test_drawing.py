@@ -25,22 +25,33 @@ def logits_of(kind: str, rows: int, v: int, seed: int) -> torch.Tensor:
         return (4 * x).masked_fill(torch.rand(rows, v) < 0.9, float("-inf")).index_fill(1, torch.tensor([v // 2]), 1.0)
     if kind == "one hot":
         return torch.full((rows, v), -1e4).index_fill(1, torch.tensor([v - 1]), 50.0)
-    return x.bfloat16().float() if kind == "bf16" else x
+    return (4 * x).bfloat16().float() if kind == "bf16" else x
 
 
 KINDS = ["plain", "sharp", "tied", "flat", "holes", "one hot", "bf16"]
+DRAWS = dict(
+    kind=st.sampled_from(KINDS), rows=st.integers(1, 4), v=st.sampled_from([1, 5, 64, 352, 353, 700, 5000]),
+    seed=st.integers(0, 10**6), temperature=st.sampled_from([0.0, 1e-30, 0.5, 1.0, 3.0]),
+    top_k=st.sampled_from([None, 1, 3, 50, 320, 600, 10**6]), top_p=st.sampled_from([None, 0.0, 0.3, 0.9, 0.999, 1.0]),
+    min_p=st.sampled_from([None, 0.0, 0.05, 1.0]))
 
 
-@given(kind=st.sampled_from(KINDS), rows=st.integers(1, 4), v=st.sampled_from([1, 5, 64, 700, 5000]),
-       seed=st.integers(0, 10**6), temperature=st.sampled_from([0.0, 1e-30, 0.5, 1.0, 3.0]),
-       top_k=st.sampled_from([None, 1, 3, 50, 600, 10**6]),
-       top_p=st.sampled_from([None, 0.0, 0.3, 0.9, 0.999, 1.0]), min_p=st.sampled_from([None, 0.0, 0.05, 1.0]))
-def test_short_and_long_way_draw_the_same_token(kind, rows, v, seed, temperature, top_k, top_p, min_p):
-    options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+@given(**DRAWS)
+def test_short_and_long_way_draw_the_same_token(kind, rows, v, seed, **options):
     x, keys, position = logits_of(kind, rows, v, seed), sampling.row_keys(seed, rows), torch.arange(rows)
-    draw = Draw(options, [], rows, x.device)
-    expected = (draw.filtered(x) + sampling.gumbel(keys, position, v)).argmax(-1)
-    assert torch.equal(draw(x, keys, position), expected)
+    elsewhere = Draw(options, [], rows, torch.device("meta"))  # like any device but the CPU it knows the long way only
+    assert elsewhere.width == 0
+    assert torch.equal(Draw(options, [], rows, x.device)(x, keys, position), elsewhere(x, keys, position))
+
+
+@given(**DRAWS)
+def test_the_short_way_keeps_exactly_what_the_operations_keep(kind, rows, v, seed, **options):
+    x, draw = logits_of(kind, rows, v, seed), Draw(options, [], rows, torch.device("cpu"))
+    found = draw.survivors(x) if draw.width else None
+    if found is not None:
+        scaled, index, settled = found
+        spread = torch.full_like(x, float("-inf")).scatter(1, index, scaled)
+        assert torch.equal(spread[settled], draw.filtered(x)[settled])
 
 
 @given(kind=st.sampled_from(KINDS), seed=st.integers(0, 10**6), data=st.data())
@@ -60,11 +71,19 @@ def test_a_row_draws_alike_whatever_its_mates(kind, seed, data):
 
 
 def test_odd_values_in_tensors_are_clamped():
-    x, keys = 5 * torch.randn(5, 3000), sampling.row_keys(0, 5)
-    top_k = torch.tensor([float("nan"), float("inf"), -3.0, 2.5, 1e9])
-    draw = Draw(OPTIONS | {"top_k": top_k, "top_p": torch.full((5,), 0.9)}, [], 5, x.device)
-    expected = (draw.filtered(x) + sampling.gumbel(keys, torch.zeros(5, dtype=torch.long), 3000)).argmax(-1)
-    assert torch.equal(draw(x, keys, torch.zeros(5, dtype=torch.long)), expected)
+    x, keys = 5 * torch.randn(6, 3000), sampling.row_keys(0, 6)
+    top_k = torch.tensor([float("nan"), float("inf"), -3.0, 2.5, 1e9, 300.0])
+    draw = Draw(OPTIONS | {"top_k": top_k, "top_p": torch.full((6,), 0.9)}, [], 6, x.device)
+    expected = (draw.filtered(x) + sampling.gumbel(keys, torch.zeros(6, dtype=torch.long), 3000)).argmax(-1)
+    assert torch.equal(draw(x, keys, torch.zeros(6, dtype=torch.long)), expected)
+    assert draw.width == 300 and draw.survivors(x)[2].tolist() == [False, False, True, True, False, True]
+
+
+def test_of_equal_sums_the_lower_token_is_drawn_either_way(monkeypatch):
+    monkeypatch.setattr(sampling, "gumbel", lambda keys, position, tokens: torch.zeros(()))
+    x = torch.zeros(1, 1000).index_fill(1, torch.tensor([900, 3, 500]), 1.0)
+    for device in ("cpu", "meta"):
+        assert Draw(OPTIONS | {"top_k": 3}, [], 1, torch.device(device))(x, *torch.zeros(2, 1).long()) == 3
 
 
 @pytest.mark.parametrize("v", [64, 4096, 4100, 32_000])
@@ -78,12 +97,29 @@ def test_largest_is_topk_with_ties_by_the_lower_index(v, k):
         assert bool((index[:, 1:] > index[:, :-1])[same].all())
 
 
-def test_the_short_way_settles_what_language_models_give():
+@given(st.lists(st.integers(1, 40), min_size=2, max_size=12, unique=True), st.data())
+def test_the_short_way_stops_where_the_mass_is_reached_but_for_rounding(counts, data):
+    counts = sorted(counts, reverse=True)
+    keep = data.draw(st.integers(1, len(counts) - 1))
+    x = torch.full((1, 400), float("-inf"))
+    x[0, : len(counts)] = torch.tensor(counts, dtype=torch.float).log()
+    draw = Draw(OPTIONS | {"top_p": sum(counts[:keep]) / sum(counts)}, [], 1, x.device)
+    assert int((draw.survivors(x)[0] > float("-inf")).sum()) == int((draw.filtered(x) > float("-inf")).sum()) == keep
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_short_way_settles_what_language_models_give(dtype):
+    """bf16 logits too, which tie at most borders."""
     torch.manual_seed(0)
-    x = 6 * torch.randn(8, 32_000)
-    for more in ({"top_p": 0.9}, {"top_k": 50, "top_p": 0.9, "min_p": 0.05}, {"min_p": 0.1}):
+    x = (6 * torch.randn(8, 32_000)).to(dtype).float()
+    for more in ({"top_p": 0.9}, {"top_k": 50, "top_p": 0.9, "min_p": 0.05}, {"min_p": 0.1}, {"top_k": 50}):
         assert bool(Draw(OPTIONS | more, [], 8, x.device).survivors(x)[2].all()), more
     assert Draw(OPTIONS | {"top_p": 0.9}, [], 8, x.device).survivors(torch.zeros(8, 32_000)) is None
+
+
+def test_options_that_change_nothing_cost_nothing():
+    draw = Draw({"temperature": 1, "top_k": None, "top_p": 1.0, "min_p": 0.0}, [], 2, torch.device("cpu"))
+    assert not draw.options and not draw.width
 
 
 # ---- penalties
