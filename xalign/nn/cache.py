@@ -83,6 +83,9 @@ class DecodeBuffer:
         `high` and `even` are then the caller's to set.
         """
         n = prefix.length
+        for t in (*self.keys, *self.values, *self.far_keys, *self.far_values):
+            # a NaN that was there before would be seen through any mask
+            t.view(len(self.far_lengths if self.far_keys else self.lengths), -1).index_fill_(0, rows, 0)
         held = (self.far_keys, self.far_values) if self.far_keys else (self.keys, self.values)
         for buffers, news in zip(held, (prefix.keys, prefix.values), strict=True):
             for buffer, new in zip(buffers, news, strict=False):  # an empty prefix has no layers
