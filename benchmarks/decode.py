@@ -1,133 +1,104 @@
 #!/usr/bin/env python3
-"""`make bench-decode`: decoding against transformers and against the bandwidth bound, as ratios within this process.
+"""`make bench-decode`: decoding against transformers, x-transformers and the bandwidth bound, as ratios within this process.
 
-Protocol: same weights, greedy tokens equal first, runs in turns, medians; a step's time is the difference of two lengths, so
-that the prompt's pass cancels. A ratio above 1 says how many times faster xalign is; R is bound / step, where the bound reads
-all weights but the embedding once at the bandwidth of a sum over 256 MB.
+Protocol: the same random weights everywhere; first the same tokens, then times; runs in turns, medians of the rounds (a
+ratio's is that of the rounds' ratios); a step's time is the difference of two lengths, so that the prompt's pass cancels; the
+machine's ceilings before and after each section, which is marked where they moved. A ratio above 1 says how many times faster
+xalign is. R is bound / step; the bound reads every weight but the embedding's, and the keys and values, once, at the bandwidth
+of that round. A tax is what a step takes more than the same engine's greedy one. Results of sections that are not run are
+kept, with their dates, as long as machine and versions are the same. `--device cuda` runs the table of a GPU instead (gpu.py).
 """
 
 import argparse
-import copy
 import json
-import platform
-import statistics
+import os
+import subprocess
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import clock
+import gpu
+import latency
+import picture
+import throughput
 import torch
-from bench import RESULTS, interleaved, pair
-from tqdm import tqdm
-from transformers import LlamaForCausalLM
+from transformers.utils import logging
 
-from xalign import AutoregressiveWrapper
-
-PROMPT = 32
-FULL = {"top_k": 50, "top_p": 0.9, "min_p": 0.05, "seed": 0}
-PURE = {"top_p": 0.9, "seed": 0}
+RESULTS = Path(__file__).parent / "results"
+SECTIONS: dict[str, tuple[Callable[[argparse.Namespace], dict[str, Any]], Callable[[dict[str, Any]], None]]] = {
+    "greedy": (latency.greedy, latency.show_greedy), "sampler": (latency.sampler, latency.show_sampler),
+    "beams": (latency.beams, latency.show_beams), "throughput": (throughput.run, throughput.show)}
 
 
-def bandwidth() -> float:
-    """Bytes a second that a sum over 256 MB reads."""
-    weight = torch.randn(16384, 4096)
-    return weight.nbytes / min(timed(weight.sum) for _ in range(10))
+def machine(options: argparse.Namespace) -> dict[str, Any]:
+    names = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
+    return {"processor": torch.cuda.get_device_name() if options.device == "cuda" else names[0], "threads": options.threads,
+            "depth": options.depth, **{name: version(name) for name in ("torch", "transformers", "x-transformers")}}
 
 
-def timed(run: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    run()
-    return time.perf_counter() - started
+def revision() -> str:
+    """Of the working tree, with a + where it has been changed since."""
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=Path(__file__).parents[1], capture_output=True, text=True).stdout.strip()
+
+    changed = git("status", "--porcelain", "--", ":!benchmarks/results")
+    return (git("rev-parse", "--short", "HEAD") or "unknown") + "+" * bool(changed)
 
 
-def steps(runs: dict[str, Callable[[int], object]], short: int, long: int, repeats: int) -> dict[str, float]:
-    """Median milliseconds a step of each, taken in turns: the long run less the short one."""
-    values: dict[str, list[float]] = {name: [] for name in runs}
-    for repeat in tqdm(range(repeats + 1), desc=" against ".join(runs), leave=False):
-        for name, run in runs.items():
-            seconds = timed(lambda run=run: run(long)) - timed(lambda run=run: run(short))
-            if repeat:
-                values[name].append(1e3 * seconds / (long - short))
-    return {name: statistics.median(v) for name, v in values.items()}
-
-
-def ours(wrapper: AutoregressiveWrapper, prompt: torch.Tensor, **options: object) -> Callable[[int], torch.Tensor]:
-    return lambda n: wrapper.generate(prompt, n, **(options or {"temperature": 0.0}))
-
-
-def theirs(model: LlamaForCausalLM, prompt: torch.Tensor, **options: object) -> Callable[[int], torch.Tensor]:
-    return lambda n: model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=n, min_new_tokens=n,
-                                    pad_token_id=0, **({"do_sample": False} | options))[:, prompt.shape[1]:]
-
-
-def rows_of(vocab: int, short: int, long: int, repeats: int) -> list[dict]:
-    """Greedy in fp32 and bf16, and what the sampler adds, at B = 1 and 8."""
-    net, peer = pair(12, vocab)
-    wrapper, half = AutoregressiveWrapper(net), AutoregressiveWrapper(copy.deepcopy(net).bfloat16())
-    peer_half = copy.deepcopy(peer).bfloat16()
-    sharp = copy.deepcopy(net)
-    with torch.no_grad():  # random weights leave a nucleus of most of the vocabulary; language models' hold 10 to 300 tokens
-        sharp.to_logits.weight.mul_(10.0)
-    sharp = AutoregressiveWrapper(sharp)
-    weights = sum(p.nbytes for name, p in net.named_parameters() if name != "token_emb.weight")
-    found = []
-    for b in (1, 8):
-        prompt = torch.randint(vocab, (b, PROMPT))
-        assert torch.equal(ours(wrapper, prompt)(long), theirs(peer, prompt)(long)), "greedy tokens differ"
-        bound = 1e3 * weights / bandwidth()
-        ms = steps({"xalign": ours(wrapper, prompt), "transformers": theirs(peer, prompt), "xalign bf16": ours(half, prompt),
-                    "transformers bf16": theirs(peer_half, prompt)}, short, long, repeats)
-        what = f"12 x 512, V = {vocab}, B = {b}"
-        found += [{"what": f"greedy step, {what}", "ms": ms["xalign"], "peer": ms["transformers"], "R": bound / ms["xalign"]},
-                  {"what": f"greedy step, bf16 against their fp32, {what}", "ms": ms["xalign bf16"], "peer": ms["transformers"],
-                   "R": bound / 2 / ms["xalign bf16"]},
-                  {"what": f"greedy step, bf16 against their bf16, {what}", "ms": ms["xalign bf16"],
-                   "peer": ms["transformers bf16"]}]
-        ms = steps({"greedy": ours(sharp, prompt), "full": ours(sharp, prompt, **FULL), "pure": ours(sharp, prompt, **PURE),
-                    "flat": ours(wrapper, prompt, **PURE)}, short, long, repeats)
-        samplers = {"full": "top-k 50, top-p .9, min-p .05", "pure": "top-p .9", "flat": "top-p .9 of a flat head"}
-        found += [{"what": f"{name}, tax over greedy, {what}", "ms": ms[key], "tax": ms[key] / ms["greedy"] - 1}
-                  for key, name in samplers.items()]
-    return found
-
-
-def shared(repeats: int) -> list[dict]:
-    """What several rows of one prompt cost."""
-    net, peer = pair(12, 32_000)
-    wrapper = AutoregressiveWrapper(net)
-    prompt = torch.randint(32_000, (1, 512))
-    four = prompt.expand(4, -1).contiguous()
-    ms = steps({"beams": lambda n: wrapper.beam_search(prompt, n, beams=4), "greedy": ours(wrapper, four)}, 8, 40, repeats)
-    found = [{"what": "beam 4 over a greedy batch of 4, prompt 512, tax", "ms": ms["beams"],
-              "tax": ms["beams"] / ms["greedy"] - 1}]
-    prompt = torch.randint(32_000, (1, 1024))
-    seconds = interleaved({
-        "xalign": lambda: wrapper.generate(prompt, 64, num_samples=8, **FULL),
-        "transformers": lambda: theirs(peer, prompt, do_sample=True, num_return_sequences=8, top_k=50, top_p=0.9,
-                                       min_p=0.05)(64),
-    }, repeats)
-    return [*found, {"what": "8 samples of 64 tokens, prompt 1024, whole call", "ms": 1e3 * seconds["xalign"],
-                     "peer": 1e3 * seconds["transformers"]}]
+def ceilings_of(section: dict[str, Any]) -> str:
+    each = "; ".join(f"{name}: {section['before'][name]:.0f}, {section['after'][name]:.0f}" for name in section["before"])
+    moved = section["drift"]
+    return f"{each}. They moved by {moved:.0%}" + (": MORE THAN 10 %, TO BE RUN AGAIN." if moved > clock.DRIFT else ".")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, help="the sections to run; default: all")
+    parser.add_argument("--repeats", type=int, default=5, help="rounds, of which the median is taken")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--vocabularies", type=int, nargs="+", default=[32_000, 128_000])
+    parser.add_argument("--vocabularies", type=int, nargs="+", default=[32_000, 128_000], metavar="V")
+    parser.add_argument("--depth", type=int, default=12, help="layers, of width 512")
+    parser.add_argument("--lengths", type=int, nargs=2, default=[8, 56], help="new tokens of the short run and of the long one")
+    parser.add_argument("--prompts", type=int, default=1000, help="prompts of the throughput section")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="where decode.json and decode.png are written")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--shapes", nargs="+", choices=gpu.SHAPES, default=["1b"], help="models of the GPU's table")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 64, 184], help="batch sizes of the GPU's table")
     options = parser.parse_args()
+    logging.set_verbosity_error()
     torch.set_num_threads(options.threads)
-    before = bandwidth()
-    rows = [row for v in options.vocabularies for row in rows_of(v, 16, 64, options.repeats)] + shared(options.repeats)
-    print("| what | xalign, ms | transformers, ms | ratio | R | tax |\n|---|---|---|---|---|---|")
-    for row in rows:
-        ratio = f"{row['peer'] / row['ms']:.2f}" if "peer" in row else ""
-        print(f"| {row['what']} | {row['ms']:.1f} | {row.get('peer', float('nan')):.1f} | {ratio} | "
-              f"{row.get('R', float('nan')):.2f} | {row.get('tax', float('nan')):.1%} |".replace("nan%", "").replace("nan", ""))
-    about = {"torch": torch.__version__, "threads": options.threads, "processor": platform.processor() or platform.machine(),
-             "bandwidth_gb_s": [round(b / 1e9, 1) for b in (before, bandwidth())]}
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "decode.json").write_text(json.dumps({**about, "rows": rows}, indent=2) + "\n")
-    print(f"bandwidth before and after: {about['bandwidth_gb_s']} GB/s; written to {Path('benchmarks/results/decode.json')}")
+    sections = SECTIONS
+    if options.device == "cuda":
+        sections = {shape: (lambda o, s=shape: gpu.run(o, s), gpu.show) for shape in options.shapes}  # type: ignore[misc]
+    path, about = options.results / ("decode.json" if options.device == "cpu" else "decode-cuda.json"), machine(options)
+    kept = json.loads(path.read_text()) if path.exists() else {}
+    results = kept["sections"] if kept.get("machine") == about else {}
+    chosen = sections if options.only is None or options.device == "cuda" else options.only
+    for name in chosen:
+        run, show = sections[name]
+        torch.manual_seed(0)
+        started, before = time.time(), clock.ceilings(options.device)
+        found = run(options)
+        after = clock.ceilings(options.device)
+        results[name] = {
+            "when": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(started)), "revision": revision(),
+            "minutes": round((time.time() - started) / 60, 1), "repeats": options.repeats, "lengths": options.lengths,
+            "before": before, "after": after, "drift": clock.drift(before, after), **found}
+        print(f"\n## {name}\n")
+        show(results[name])
+        print(f"\nCeilings, before and after: {ceilings_of(results[name])}", flush=True)
+        options.results.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"machine": about, "sections": results}, indent=2) + "\n")
+    if options.device == "cpu":
+        picture.draw(path)
+    print(f"\nWritten to {path}" + f" and {path.with_suffix('.png')}." * (options.device == "cpu"))
+    for name in results.keys() - set(chosen):
+        print(f"In them, {name} is of an earlier run: {results[name]['when']}, revision {results[name]['revision']}.")
 
 
 if __name__ == "__main__":

@@ -112,7 +112,7 @@ class Watch:
     """What a generation asks of the network: rows and cells of cache of each step, tokens (r, n) of each prompts' pass."""
 
     def __init__(self, model):
-        self.rows, self.cells, self.passes, self.buffers = [], [], [], []
+        self.rows, self.cells, self.passes, self.buffers, self.types, self.bytes = [], [], [], [], set(), []
         net = model.net
         self.patch = mock.patch.multiple(net, forward=functools.partial(self.forward, net.forward),
                                          step=functools.partial(self.step, net.step),
@@ -128,8 +128,12 @@ class Watch:
         return real(tokens, buffer, live)
 
     def decode_buffer(self, real, *args, **kwargs):
-        self.buffers.append(real(*args, **kwargs))
-        return self.buffers[-1]
+        assert not any(ref() for ref in self.buffers), "two caches at once"
+        buffer = real(*args, **kwargs)
+        self.buffers.append(weakref.ref(buffer))
+        self.types.add(buffer.keys[0].dtype)
+        self.bytes.append(sum(t.nbytes for t in (*buffer.keys, *buffer.values, *buffer.far_keys, *buffer.far_values)))
+        return buffer
 
     def __enter__(self):
         self.patch.start()
@@ -555,7 +559,7 @@ def test_other_types(shape, dtype, tolerance):
     for copies in (1, 2):
         with Watch(model) as watch:
             tokens, logps = model.generate(prompts, 12, seed=1, num_samples=copies, batch_size=3 * copies, return_logprobs=True)
-        assert {b.keys[0].dtype for b in watch.buffers} == {torch.float64 if dtype == torch.float64 else torch.float32}
+        assert watch.types == {torch.float64 if dtype == torch.float64 else torch.float32}
         assert logps.dtype == torch.float32
         for prompt, texts, values in zip(prompts, tokens.view(4, copies, -1), logps.view(4, copies, -1), strict=True):
             for text, value in zip(texts, values, strict=True):
@@ -585,9 +589,9 @@ def test_a_model_is_whole_after_generating(dtype, tmp_path):
     for wrapper in (model, fresh):
         loss = wrapper(tokens)
         if wrapper is model:
-            model.generate(LISTED, 5)
             with torch.inference_mode():
                 model.generate(LISTED, 5, num_samples=2)
+            model.generate(LISTED, 5)
             list(model.stream(LISTED, 3))
             model.beam_search(LISTED, 3)
         loss.backward()
@@ -763,15 +767,13 @@ def test_samples_hold_a_long_prompt_once():
     for copies in (1, 8):
         with Watch(model) as watch:
             model.generate(prompts, 8, num_samples=copies)
-        (buffer,) = watch.buffers
-        sizes[copies] = sum(t.nbytes for t in (*buffer.keys, *buffer.values, *buffer.far_keys, *buffer.far_values))
+        (sizes[copies],) = watch.bytes
         assert sum(rows for rows, _ in watch.passes) == 2
     token = 2 * 2 * 8 * 4  # bytes: keys and values of two heads of 8 in one layer, fp32
     assert sizes == {1: 2 * (600 + 8) * token, 8: 2 * (600 + 8 * (8 + 1)) * token}
     with Watch(model) as watch:
         model.beam_search(prompts, 8, beams=8)
-    (buffer,) = watch.buffers
-    assert sum(t.nbytes for t in (*buffer.keys, *buffer.values, *buffer.far_keys, *buffer.far_values)) == sizes[8]
+    assert watch.bytes == [sizes[8]]
 
 
 def test_nothing_of_a_generation_is_kept():
@@ -787,9 +789,7 @@ def test_nothing_of_a_generation_is_kept():
             model.beam_search(LISTED, 40)
             with pytest.raises(ZeroDivisionError):
                 model.generate(LISTED, 6, progress=lambda n: n / 0)
-            kept = [weakref.ref(buffer) for buffer in watch.buffers]
-            watch.buffers.clear()
-        assert len(kept) >= 8 and not any(ref() for ref in kept)
+        assert len(watch.buffers) >= 8 and not any(ref() for ref in watch.buffers)
     finally:
         gc.enable()
 
