@@ -145,7 +145,7 @@ class Watch:
 
 def left_behind(model) -> bool:
     """Whether anything of a generation is still in the model."""
-    return any({"packed", "joint"} & m.__dict__.keys() for m in model.modules())
+    return any(m.__dict__.get(key) is not None for m in model.modules() for key in ("packed", "joint"))
 
 
 # ---- each text is what it would be alone
@@ -595,6 +595,7 @@ def test_a_model_is_whole_after_generating(dtype, tmp_path):
             list(model.stream(LISTED, 3))
             model.beam_search(LISTED, 3)
         loss.backward()
+        wrapper(ids(2, 6, seed=1)).backward()
         with torch.no_grad():
             torch.optim.AdamW(wrapper.parameters(), lr=0.1).step()
     for a, b in zip(model.parameters(), fresh.parameters(), strict=True):
@@ -630,7 +631,6 @@ def test_hooks_are_called_while_generating():
     assert not torch.equal(out[0], model.generate(LISTED, 5, temperature=0))
 
 
-@pytest.mark.xfail(strict=True, reason="a copy that is made while the model is packed keeps the packed weights for good")
 def test_a_copy_made_meanwhile_is_a_model_of_its_own():
     model, copies = tiny_ar(), []
     model.generate(LISTED, 3, progress=lambda n: copies.append(copy.deepcopy(model)))
@@ -640,7 +640,6 @@ def test_a_copy_made_meanwhile_is_a_model_of_its_own():
     assert not torch.equal(copies[0].generate(LISTED, 3, temperature=0), model.generate(LISTED, 3, temperature=0))
 
 
-@pytest.mark.xfail(strict=True, reason="a stream packs its weights once: old matrices, new norms and embeddings")
 def test_a_stream_sees_what_is_learnt_between_two_steps():
     texts = []
     for packed in (True, False):
@@ -848,7 +847,7 @@ def test_prompts_with_stops_of_their_own():
 @pytest.mark.parametrize("options", [{}, {"n": 2}, {"beams": 2}])
 def test_the_bar_counts_prompts(options, capsys):
     params = SamplingParams(max_new_tokens=4, **options)
-    NativeBackend(backend_model(), ByteTokenizer(), batch_size=3).generate(TEXT, params, "told")
+    NativeBackend(backend_model(), ByteTokenizer(), batch_size=6).generate(TEXT, params, "told")
     assert "told: 100%" in (err := capsys.readouterr().err) and f"{len(TEXT)}/{len(TEXT)}" in err
 
 

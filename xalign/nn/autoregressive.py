@@ -101,11 +101,13 @@ class AutoregressiveWrapper(nn.Module):
             raise TypeError(f"stream takes no {name}")
         single = isinstance(prompts, Tensor) and prompts.ndim == 1
         run = self._engine(prompts, seq_len, eos_token, temperature, num_samples=num_samples, lockstep=True, **options)
-        steps, packed = run.run(), None
+        steps, seen = run.run(), None
         while True:
-            # between two steps the reader has its own modes
+            # between two steps the reader has its own modes, and may train
             with evaluating(self.net), torch.no_grad():
-                packed = packed or Packed(self.net)
+                versions = [(id(p), 0 if p.is_inference() else p._version) for p in self.net.parameters()]
+                if versions != seen:
+                    packed, seen = Packed(self.net), versions
                 with packed:
                     going = next(steps, self) is None
                     newest = run.newest() if going else None

@@ -8,21 +8,31 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+class Call:
+    """A product of packed weights, which lies in its layer; a copy of the layer has none."""
+
+    def __init__(self, run: Callable[[Tensor], Tensor]):
+        self.run = run
+
+    def __deepcopy__(self, memo: dict) -> None:
+        return None
+
+
 def product(x: Tensor, layer: nn.Module) -> Tensor:
     """x (..., i) times the layer's weight (o, i), with its bias where it has one: (..., o)."""
-    packed: Callable | None = layer.__dict__.get("packed")
+    packed: Call | None = layer.__dict__.get("packed")
     if packed is None or _plain():
         weight: Any = layer.weight
         return F.linear(x, weight, getattr(layer, "bias", None))
-    return packed(x)
+    return packed.run(x)
 
 
 def products(x: Tensor, layers: Sequence[nn.Module]) -> Sequence[Tensor]:
     """What each of the layers gives for x; in one product while they are packed."""
-    joint = layers[0].__dict__.get("joint")
+    joint: Call | None = layers[0].__dict__.get("joint")
     if joint is None or _plain():
         return [layer(x) for layer in layers]
-    return joint(x).split([layer.out_features for layer in layers], -1)
+    return joint.run(x).split([layer.out_features for layer in layers], -1)
 
 
 def _plain() -> bool:
@@ -46,13 +56,13 @@ class Packed:
     """
 
     def __init__(self, model: nn.Module):
-        self.calls: list[tuple[nn.Module, str, Callable[[Tensor], Tensor]]] = []
+        self.calls: list[tuple[nn.Module, str, Call]] = []
         named: list[Any] = [m for m in model.modules() if hasattr(m, "grouped")]
         for layers in (group for m in named for group in m.grouped()):
             key = "joint" if len(layers) > 1 else "packed"
-            call = None if key in layers[0].__dict__ else _call(layers)
-            if call is not None:
-                self.calls.append((layers[0], key, call))
+            run = None if layers[0].__dict__.get(key) is not None else _call(layers)
+            if run is not None:
+                self.calls.append((layers[0], key, Call(run)))
 
     def __enter__(self) -> None:
         for layer, key, call in self.calls:
