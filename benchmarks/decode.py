@@ -63,7 +63,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--vocabularies", type=int, nargs="+", default=[32_000, 128_000], metavar="V")
     parser.add_argument("--depth", type=int, default=12, help="layers, of width 512")
-    parser.add_argument("--lengths", type=int, nargs=2, default=[8, 56], help="new tokens of the short run and of the long one")
+    parser.add_argument("--lengths", type=int, nargs=2, default=[8, 48], help="new tokens of the short run and of the long one")
     parser.add_argument("--prompts", type=int, default=1000, help="prompts of the throughput section")
     parser.add_argument("--results", type=Path, default=RESULTS, help="where decode.json and decode.png are written")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")

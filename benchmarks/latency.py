@@ -187,7 +187,7 @@ def beams(options: argparse.Namespace) -> dict[str, Any]:
                 raise SystemExit(f"beam search{what} gives {found}, transformers {theirs.tolist()}")
             same[f"beam search{what}, V = {thousands(vocab)}"] = f"{sum(map(len, found))} tokens"
 
-        prompt = torch.randint(vocab, (4, 512))
+        prompt, lengths = torch.randint(vocab, (4, 512)), (options.lengths[0], sum(options.lengths) // 2)
         runs: dict[str, dict[str, Callable[[int], object]]] = {
             "xalign": {"beams": lambda n, w=wrapper, p=prompt[:1]: w.beam_search(p, n, beams=4),  # type: ignore[misc]
                        "greedy": models.xalign(wrapper, prompt)},
@@ -195,7 +195,7 @@ def beams(options: argparse.Namespace) -> dict[str, Any]:
                              "greedy": models.transformers(peer, prompt)}}
         for who, pair in runs.items():
             repeats = options.repeats * (2 if who == "xalign" else 1)
-            times = clock.steps(pair, options.lengths, repeats, f"beams, {who}, V = {thousands(vocab)}")
+            times = clock.steps(pair, lengths, repeats, f"beams, {who}, V = {thousands(vocab)}")
             rows.append({"v": vocab, "what": "beams", "engine": who, "ms": times.median("beams"),
                          "greedy_ms": times.median("greedy"), "tax": times.ratio("beams", "greedy") - 1,
                          "quartiles": [x - 1 for x in times.quartiles("beams", "greedy")],

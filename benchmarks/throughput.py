@@ -22,7 +22,7 @@ ENDS = list(range(1, VOCAB, 64))  # tokens that end a text: lengths are then abo
 OURS, PADDED, MIXED, BATCHED = ("xalign", "transformers, padded, sorted", "transformers, padded, unsorted",
                                 "transformers, generate_batch")
 SIZES, BATCHED_SIZES = {OURS: (64, 128), PADDED: (32, 64, 128)}, (32, 64)  # rows at once that are tried
-TRIED = 32  # new tokens of a trial, at most
+TRIED = 16  # new tokens of a trial, at most
 PAGE = 32  # tokens of a page of generate_batch's cache
 ASKED = 2.0
 EQUAL = 0.98  # of the texts at least: logits that are equal but for rounding may fork a few
