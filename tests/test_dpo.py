@@ -149,7 +149,9 @@ def test_the_whole_step_equals_trls_trainer(trl):
         chosen, rejected, prompt_mask=prompts, preferred_seq_mask=masks[0], unpreferred_seq_mask=masks[1], return_metrics=True)
     loss.backward()
     torch.testing.assert_close(loss, expected, atol=1e-4, rtol=1e-4)
-    for name, value in metrics.items():
+    ours_alone = {"lengths/chosen", "lengths/rejected", "logps/chosen_change"}
+    assert ours_alone < metrics.keys()
+    for name, value in ((name, value) for name, value in metrics.items() if name not in ours_alone):
         assert trainer._metrics["train"][name][-1] == pytest.approx(float(value), rel=1e-3, abs=1e-4), name
     names = {"token_emb": "model.embed_tokens", "attn_layers.layers.1.attn.to_k": "model.layers.1.self_attn.k_proj",
              "attn_layers.layers.0.ff.gate": "model.layers.0.mlp.gate_proj", "to_logits": "lm_head"}
@@ -381,7 +383,8 @@ def test_metrics():
     rc, rr, _, _ = dpo.logps(dpo.ref_model, chosen, rejected, prompt_mask=columns(2, 3))
     expected = {"logps/chosen": c.mean(), "logps/rejected": r.mean(), "rewards/chosen": 0.3 * (c - rc).mean(),
                 "rewards/rejected": 0.3 * (r - rr).mean(), "rewards/margins": 0.3 * ((c - rc) - (r - rr)).mean(),
-                "rewards/accuracies": ((c - rc) > (r - rr)).float().mean()}
+                "rewards/accuracies": ((c - rc) > (r - rr)).float().mean(), "logps/chosen_change": (c - rc).mean(),
+                "lengths/chosen": torch.tensor(5.0), "lengths/rejected": torch.tensor(4.0)}
     assert metrics.keys() == expected.keys() and not any(v.requires_grad for v in metrics.values())
     for name, value in expected.items():
         torch.testing.assert_close(metrics[name], value.detach(), msg=name)
@@ -482,7 +485,7 @@ def test_a_given_reference_is_frozen_and_a_loss_without_one_has_none():
 
     dpo = DPO(tiny(**LLAMA), loss=free)
     loss, metrics = dpo(ids(2, 5), ids(2, 4), return_metrics=True)
-    assert dpo.ref_model is None and loss.isfinite() and set(metrics) == {"logps/chosen", "logps/rejected"}
+    assert dpo.ref_model is None and loss.isfinite() and {name.split("/")[0] for name in metrics} == {"logps", "lengths"}
 
 
 def test_dropout_acts_on_the_policy_only():

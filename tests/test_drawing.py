@@ -6,7 +6,7 @@ from conftest import ids, llama, tiny_ar
 from hypothesis import given
 from hypothesis import strategies as st
 
-from xalign import sampling
+from xalign import drawing, sampling
 from xalign.drawing import SPARE, WIDTH, Draw, Penalties, largest
 
 OPTIONS = {"temperature": 1.0, "top_k": None, "top_p": None, "min_p": None}
@@ -49,7 +49,7 @@ def test_the_short_way_keeps_exactly_what_the_operations_keep(kind, rows, v, see
     x, draw = logits_of(kind, rows, v, seed), Draw(options, [], rows, torch.device("cpu"))
     found = draw.survivors(x) if draw.width else None
     if found is not None:
-        scaled, index, settled = found
+        scaled, index, settled = map(torch.from_numpy, found)
         spread = torch.full_like(x, float("-inf")).scatter(1, index, scaled)
         assert torch.equal(spread[settled], draw.filtered(x)[settled])
 
@@ -81,9 +81,35 @@ def test_odd_values_in_tensors_are_clamped():
 
 def test_of_equal_sums_the_lower_token_is_drawn_either_way(monkeypatch):
     monkeypatch.setattr(sampling, "gumbel", lambda keys, position, tokens: torch.zeros(()))
+    monkeypatch.setattr(drawing, "gumbel", lambda keys, position, tokens: 0)
     x = torch.zeros(1, 1000).index_fill(1, torch.tensor([900, 3, 500]), 1.0)
     for device in ("cpu", "meta"):
         assert Draw(OPTIONS | {"top_k": 3}, [], 1, torch.device(device))(x, *torch.zeros(2, 1).long()) == 3
+
+
+@given(st.lists(st.tuples(st.integers(-2**63, 2**63 - 1), st.integers(0, 2**40)), min_size=1, max_size=4), st.data())
+def test_the_short_way_makes_the_same_noise(rows, data):
+    """Bit by bit, whatever the key: of any number of tokens, wherever they stand in the array."""
+    keys, position = torch.tensor(rows).T.contiguous()
+    index = torch.randint(200_000, (len(rows), data.draw(st.integers(1, 70))))
+    assert torch.equal(torch.from_numpy(drawing.gumbel(keys, position, index.numpy())), sampling.gumbel(keys, position, index))
+
+
+@pytest.mark.parametrize("odd", [float("inf"), float("-inf")])
+def test_rows_whose_largest_is_infinite_take_the_long_way(odd):
+    x = torch.randn(2, 3000)
+    x[0, slice(None) if odd == float("-inf") else 7] = odd
+    draw = Draw(OPTIONS | {"top_k": 5, "top_p": 0.9}, [], 2, x.device)
+    assert draw.survivors(x) is None and draw.survivors(x[1:]) is not None
+
+
+def test_noise_in_parts_is_the_noise(monkeypatch):
+    """Plain sampling makes the noise of some rows at a time."""
+    x, keys, position = torch.randn(5, 90), sampling.row_keys(0, 5), torch.arange(5)
+    whole = (x + sampling.gumbel(keys, position, 90)).argmax(-1)
+    for chunk in (1, 90, 200, 10**6):
+        monkeypatch.setattr(drawing, "CHUNK", chunk)
+        assert torch.equal(Draw(OPTIONS, [], 5, x.device)(x, keys, position), whole)
 
 
 @pytest.mark.parametrize("v", [64, 4096, 4100, 32_000])
@@ -91,7 +117,7 @@ def test_of_equal_sums_the_lower_token_is_drawn_either_way(monkeypatch):
 def test_largest_is_topk_with_ties_by_the_lower_index(v, k):
     for kind in KINDS:
         x, k = logits_of(kind, 3, v, 0), min(k, v)
-        values, index = largest(x, k)
+        values, index = map(torch.from_numpy, largest(x.numpy(), k))
         assert torch.equal(values, x.topk(k).values) and torch.equal(x.gather(1, index), values)
         same = values[:, 1:] == values[:, :-1]
         assert bool((index[:, 1:] > index[:, :-1])[same].all())
@@ -115,6 +141,13 @@ def test_the_short_way_settles_what_language_models_give(dtype):
     for more in ({"top_p": 0.9}, {"top_k": 50, "top_p": 0.9, "min_p": 0.05}, {"min_p": 0.1}, {"top_k": 50}):
         assert bool(Draw(OPTIONS | more, [], 8, x.device).survivors(x)[2].all()), more
     assert Draw(OPTIONS | {"top_p": 0.9}, [], 8, x.device).survivors(torch.zeros(8, 32_000)) is None
+
+
+def test_a_compiled_draw_is_one_graph_and_draws_the_same():
+    x, keys, position = 4 * torch.randn(2, 3000), sampling.row_keys(0, 2), torch.arange(2)
+    draw = Draw(OPTIONS | {"temperature": 0.8, "top_k": 50, "top_p": 0.9, "min_p": 0.05}, [], 2, x.device)
+    compiled = torch.compile(draw.__call__, backend="eager", fullgraph=True)
+    assert draw.width and torch.equal(compiled(x, keys, position), draw(x, keys, position))
 
 
 def test_options_that_change_nothing_cost_nothing():

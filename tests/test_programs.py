@@ -615,8 +615,9 @@ CONFIGS = [
     ('{"dataset": ["a", "b"]}', 'dataset is ["a", "b"], allowed is a single value'),
     ('{"max_steps": {"a": 1}}', "allowed is a single value"),
     ('{"max_steps": "x"}', "c.json: --max-steps: invalid literal"),
+    ('{"f_alpha": "x"}', "c.json: --f-alpha: could not convert string to float: 'x'"),
+    ('{"f_alpha": null}', "c.json: --f-alpha: could not convert"),
     ('{"beta": "x"}', "c.json: --beta: could not convert string to float: 'x'"),
-    ('{"beta": null}', "c.json: --beta: could not convert"),
     ('{"dtype": null}', "c.json: invalid choice 'None' for argument '--dtype'"),
     ('{"learning_rate": NaN}', "c.json: --learning-rate is nan"),
     ('{"depth": 1.5}', "c.json: --depth"),
@@ -743,7 +744,7 @@ def test_output_folders_in_use(finished, toy, tmp_path, capsys):
     run, _ = finished
     before = snapshot(run)
     options = ["--config", toy / "tiny.json", "--output-dir"]
-    assert "was made with beta = 0.1, now it is 0.3" in refused(capsys, "dpo", *options, run, "--beta", 0.3)
+    assert "was made with beta = None, now it is 0.3" in refused(capsys, "dpo", *options, run, "--beta", 0.3)
     assert "was made with " in refused(capsys, "sft", "--output-dir", run, "--max-steps", 1)
     assert "holds files but no run" in refused(capsys, "dpo", *options, run / "policy", "--overwrite")
     assert "holds files but no run" in refused(capsys, "dpo", *options, toy, "--overwrite")

@@ -27,6 +27,7 @@ from xalign.runs import METRICS, RunFolder, read_jsonl
 from xalign.stages import loop_options, micro_batches
 from xalign.train import check_first_loss
 from xalign.training import LoopOptions, postponed_signals, train
+from xalign.watch import TIMED
 
 ROOT = Path(__file__).resolve().parent.parent
 draw = random.Random(0)
@@ -45,8 +46,9 @@ def network(**options):
 
 
 def fit(folder: Path, kind: str = "sft", size: int = 4, accumulation: int = 1, steps: int = 9, stop: int | None = None,
-        event=None, model=None, evaluate=True, **options):
-    """Train a tiny model; before step `stop` the `event` happens. Gives (model, log lines without "seconds")."""
+        event=None, model=None, evaluate=True, bad=(), **options):
+    """Train a tiny model; before step `stop` the `event` happens, and NaN in the steps `bad`. Gives (model, log lines without
+    what the clock gives)."""
     model = network(attn_dropout=options.pop("dropout", 0.0)) if model is None else model
     rows = EXAMPLES if kind == "sft" else PAIRS
     order = Schedule([r.length for r in rows], size * accumulation, seed=3, group_by_length=False)
@@ -56,6 +58,8 @@ def fit(folder: Path, kind: str = "sft", size: int = 4, accumulation: int = 1, s
     def batches(step):
         if step == stop:
             event()
+        if step in bad:
+            poison_once(model)
         return plain(step)
 
     if kind == "sft":
@@ -71,8 +75,17 @@ def fit(folder: Path, kind: str = "sft", size: int = 4, accumulation: int = 1, s
     return model, log(folder)
 
 
+def poison_once(model) -> None:
+    """NaN in the next forward pass."""
+    def poison(module, inputs, output):
+        hook.remove()
+        return output * float("nan")
+
+    hook = model.attn_layers.final_norm.register_forward_hook(poison)
+
+
 def log(folder: Path) -> list[dict]:
-    return [{k: v for k, v in r.items() if k != "seconds"} for r in read_jsonl(folder / METRICS)]
+    return [{k: v for k, v in r.items() if k not in TIMED} for r in read_jsonl(folder / METRICS)]
 
 
 def losses(lines: list[dict]) -> list[float]:
@@ -160,9 +173,12 @@ def test_cadence_and_names(tmp_path):
         (0, True), (2, False), (3, True), (4, False), (6, False), (6, True), (7, False), (7, True)]
     trained = next(r for r in lines if r["step"] == 2)
     assert trained.keys() == {"step", "epoch", "loss", "grad_norm", "learning_rate", "logps/chosen", "logps/rejected",
+                              "logps/chosen_change", "lengths/chosen", "lengths/rejected",
                               *(f"rewards/{n}" for n in ("chosen", "rejected", "accuracies", "margins"))}
     assert sorted(p.name for p in (tmp_path / "r").iterdir()) == ["checkpoint-6", "checkpoint-7", "latest", "metrics.jsonl"]
     assert (tmp_path / "r/latest").read_text() == "checkpoint-7\n"
+    timed = [r for r in read_jsonl(tmp_path / "r" / METRICS) if "loss" in r]
+    assert all(r["tokens_per_second"] > 0 and r["seconds"] >= 0 and "U" not in r for r in timed)
 
 
 # -- resume ---------------------------------------------------------------------------------------------------------
@@ -298,6 +314,72 @@ def test_an_infinite_gradient_stops_too(tmp_path):
         fit(tmp_path / "r", stop=2, event=poison, model=model)
 
 
+def test_a_skipped_step_changes_nothing(tmp_path, capsys):
+    """But data and schedule go on: as a loop written by hand that leaves the steps out."""
+    bad, model = (2, 5, 8), network()
+    order = Schedule([e.length for e in EXAMPLES], 4, seed=3, group_by_length=False)
+    optimizer = adamw(model, 1e-3)
+    for step in range(9):
+        if step not in bad:
+            for group in optimizer.param_groups:
+                group["lr"] = 1e-3 * schedule(step, total=9, warmup=2, kind="cosine")
+            SFT(model)(collate_examples([EXAMPLES[i] for i in order.batch(step)], 0))[0].backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+    trained, lines = fit(tmp_path / "r", bad=bad, on_nan="skip", logging_steps=1, evaluate=False)
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(trained.parameters(), model.parameters(), strict=True))
+    assert [r["skipped"] for r in lines] == [0, 0, 1, 1, 1, 2, 2, 2, 3]
+    assert [r["step"] - 1 for r in lines if "loss" not in r] == list(bad) and all(math.isfinite(v) for v in losses(lines))
+    warned = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    assert len(warned) == 1 and "sft, step 3: loss is nan" in warned[0] and "skipped" in warned[0]
+
+
+def test_an_infinite_gradient_is_skipped_too(tmp_path):
+    model, seen = network(), {}
+
+    def poison():
+        seen.update({k: v.clone() for k, v in model.state_dict().items()})
+        hooks.append(model.token_emb.weight.register_hook(lambda gradient: gradient * float("inf")))
+
+    hooks = []
+    _, lines = fit(tmp_path / "r", stop=2, event=poison, model=model, steps=3, on_nan="skip", logging_steps=1)
+    assert hooks and lines[-2]["skipped"] == 1
+    assert all(torch.equal(v, seen[k]) for k, v in model.state_dict().items())
+
+
+def test_means_are_those_of_the_other_steps(tmp_path):
+    _, each = fit(tmp_path / "a", "dpo", bad=[4], on_nan="skip", logging_steps=1, evaluate=False)
+    _, every = fit(tmp_path / "b", "dpo", bad=[4], on_nan="skip", logging_steps=3, evaluate=False)
+    assert every[1]["loss"] == pytest.approx((each[3]["loss"] + each[5]["loss"]) / 2) and "loss" not in each[4]
+    assert [r["skipped"] for r in every] == [0, 1, 1]
+
+
+@pytest.mark.parametrize("kind", ["sft", "dpo"])
+@pytest.mark.parametrize("stop", [3, 4, 6])
+def test_resumed_after_skips_equals_uninterrupted(tmp_path, kind, stop):
+    options = {"bad": (2, 3, 5), "on_nan": "skip", "save_steps": 1, "dropout": 0.3, "logging_steps": 4}
+    model, lines = fit(tmp_path / "a", kind, **options)
+    killed(tmp_path / "b", kind, stop=stop, **options)
+    again, more = fit(tmp_path / "b", kind, **options)
+    assert more == lines and same_bits(again, model) and lines[-2]["skipped"] == 3
+
+
+def test_twenty_bad_steps_in_a_row_stop(tmp_path):
+    with pytest.raises(Diverged, match=r"step 23: loss is nan.*as in the 19 steps before; nothing was updated"):
+        fit(tmp_path / "a", bad=range(3, 40), on_nan="skip", steps=40)
+    _, lines = fit(tmp_path / "b", bad=[s for s in range(60) if s % 10], on_nan="skip", steps=60)
+    assert lines[-1]["step"] == 60 and lines[-2]["skipped"] == 54, "54 in all, but 9 in a row"
+
+
+def test_bad_steps_in_a_row_are_counted_over_a_resume(tmp_path, monkeypatch):
+    monkeypatch.setattr("xalign.training.MOST_SKIPPED", 4)
+    options = {"bad": range(3, 9), "on_nan": "skip", "save_steps": 1}
+    killed(tmp_path / "a", stop=5, **options)
+    with pytest.raises(Diverged, match=f"step 7: .*last good checkpoint is {tmp_path / 'a/checkpoint-6'}"):
+        fit(tmp_path / "a", **options)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("stop", [4, 8])
 def test_a_signal_saves_and_says_how_to_go_on(tmp_path, number, stop):
@@ -409,6 +491,53 @@ def test_the_optimizers_settings_reach_it(tmp_path, monkeypatch):
     assert {(g["betas"], g["eps"]) for g in made[0].param_groups} == {((0.8, 0.999), 1e-6)}
     fit(tmp_path / "b", steps=1)
     assert {(g["betas"], g["eps"]) for g in made[1].param_groups} == {((0.9, 0.95), 1e-8)}
+
+
+def test_what_a_run_says_of_itself_reaches_the_loop():
+    loop = loop_options(TrainingOptions(on_nan="skip"), RunOptions(profile=True))
+    assert loop.on_nan == "skip" and loop.profile
+    assert (loop_options(TrainingOptions(), RunOptions()).on_nan, RunOptions().profile) == ("stop", False)
+
+
+@pytest.mark.parametrize("kind", ["sft", "dpo"])
+def test_a_profile_changes_nothing(tmp_path, kind, capsys):
+    plain, lines = fit(tmp_path / "a", kind, dropout=0.3)
+    model, more = fit(tmp_path / "b", kind, dropout=0.3, profile=True)
+    assert more == lines and same_bits(plain, model) and not (tmp_path / "a/profile.json").exists()
+    events = json.loads((tmp_path / "b/profile.json").read_text())["traceEvents"]
+    assert sum(e.get("name") == "Optimizer.step#AdamW.step" for e in events) == 3
+    told = capsys.readouterr().err
+    assert "steps 3 to 5 of this process" in told and "Self CPU" in told and "U 0." in told
+    assert [r["step"] for r in read_jsonl(tmp_path / "b" / METRICS) if "U" in r] == [4, 6, 8, 9], "after step 2 it begins"
+
+
+def test_the_profile_of_a_resumed_run(tmp_path):
+    options = {"save_steps": 2, "dropout": 0.3, "profile": True}
+    model, lines = fit(tmp_path / "a", **options)
+    killed(tmp_path / "b", stop=3, **options)
+    assert not (tmp_path / "b/profile.json").exists()
+    again, more = fit(tmp_path / "b", **options)
+    assert more == lines and same_bits(again, model) and (tmp_path / "b/profile.json").exists()
+
+
+def test_mistakes_are_told_by_the_loop_also_after_a_resume(tmp_path, capsys, monkeypatch):
+    def seven(records, total):
+        return sum("loss" in r for r in records) >= 7 and total == 9
+
+    monkeypatch.setattr("xalign.watch.CHECKS", {seven: "seven lines"})
+    fit(tmp_path / "a", logging_steps=1)
+    assert "warning: sft, step 7: seven lines\n" in capsys.readouterr().err
+    killed(tmp_path / "b", logging_steps=1, save_steps=5, stop=5)
+    assert "seven" not in capsys.readouterr().err
+    fit(tmp_path / "b", logging_steps=1, save_steps=5)
+    assert "warning: sft, step 7: seven lines\n" in capsys.readouterr().err
+
+
+def test_a_quantised_model_is_refused():
+    from xalign.nn.quantize import quantize
+
+    with pytest.raises(ConfigError, match="no weight that can be trained"):
+        adamw(DPO(quantize(network(), 8)), 1e-3)
 
 
 def test_first_loss_check():

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from xalign import AutoregressiveWrapper, Decoder, TransformerWrapper
 from xalign.nn.cache import Prefix
-from xalign.nn.rotary import rotary_angles
+from xalign.nn.rotary import rotary_angles, rotate
 
 OPTIONS = {
     "defaults": {},
@@ -258,17 +258,44 @@ def test_rotary_angles_stay_fp32_in_a_half_precision_model(dtype):
     model = tiny(**LLAMA).to(dtype)
     rotation = model.attn_layers.context(torch.arange(4096)[None], None, None).rotation
     assert rotation[0].dtype == torch.float32
+    assert rotation[0].shape == (1, 1, 4096, 8) and torch.equal(rotation[0][..., :4], rotation[0][..., 4:])
     angles = torch.atan2(rotation[1], rotation[0])[0, 0]
-    assert angles[:, 0].unique().numel() == 4096
+    assert angles[:, 4].unique().numel() == 4096
     assert torch.cat(rotation, -1)[0, 0].unique(dim=0).shape[0] == 4096
     exact = (torch.arange(4096).double()[:, None] * 10000.0 ** (-torch.arange(0, 8, 2).double() / 8))
-    assert (torch.cos(exact) - rotation[0][0, 0]).abs().max() < 5e-4
+    assert (torch.cos(exact) - rotation[0][0, 0, :, 4:]).abs().max() < 5e-4
 
 
 def test_rotary_angles_by_hand():
     cos, sin = rotary_angles(torch.tensor([[0, 1, 2]]), 4, 100.0)
-    assert cos.shape == (1, 3, 2)
-    torch.testing.assert_close(sin[0], torch.tensor([[0, 0], [math.sin(1), math.sin(0.1)], [math.sin(2), math.sin(0.2)]]))
+    right = torch.tensor([[0, 0], [math.sin(1), math.sin(0.1)], [math.sin(2), math.sin(0.2)]])
+    torch.testing.assert_close(sin[0], torch.cat((-right, right), -1))
+    torch.testing.assert_close(cos[0], (1 - right.square()).sqrt().repeat(1, 2).copysign(cos[0]))
+    assert cos[0, 2, 0] < 0 < cos[0, 2, 1]
+
+
+@pytest.mark.parametrize("r", [2, 4, 6])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rotation_is_a_product_of_complex_numbers(r, dtype):
+    """Features i and i + r / 2 as the parts of a number, (Su et al. 2021) eq. 34; values, gradients, what passes through."""
+    torch.manual_seed(0)
+    x, positions = torch.randn(2, 3, 5, 6).to(dtype), torch.randint(50, (2, 5))
+    rotation = rotary_angles(positions, r, 100.0)
+    angles = positions[..., None].double() * 100.0 ** (-torch.arange(0, r, 2).double() / r)
+    turn, weight = torch.polar(torch.ones_like(angles), angles)[:, None], torch.randn(2, 3, 5, 6)
+
+    def exact(x):
+        pairs = torch.complex(x[..., : r // 2].double(), x[..., r // 2 : r].double()) * turn
+        return torch.cat((pairs.real, pairs.imag, x[..., r:].double()), -1)
+
+    grads = []
+    for function, tolerance in ((exact, 0), (lambda x: rotate(x, tuple(t[:, None] for t in rotation), torch.float32), 1e-5)):
+        mine = x.clone().requires_grad_()
+        out = function(mine)
+        torch.testing.assert_close(out.double(), exact(x), atol=tolerance, rtol=tolerance)
+        grads += torch.autograd.grad((out * weight).sum(), mine)
+    torch.testing.assert_close(grads[1], grads[0])
+    assert torch.equal(x, mine), "in place, but for its input"
 
 
 @pytest.mark.parametrize("options", [LLAMA, {"alibi_pos_bias": True}, {}], ids=["rotary", "alibi", "absolute"])

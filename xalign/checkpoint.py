@@ -20,6 +20,7 @@ from xalign.disk import write_atomically, writing
 from xalign.dpo import DPO, unwrap
 from xalign.errors import CheckpointError, ConfigError
 from xalign.families import Layout
+from xalign.nn.lora import has_lora
 from xalign.nn.transformer import TransformerWrapper
 from xalign.tokenizer_base import read_json
 from xalign.tokenizer_json import FILES as TOKENIZER_FILES
@@ -28,7 +29,8 @@ from xalign.weights import INDEX, SHARD, SINGLE, load_weights, one_reason, refus
 
 CONFIG, GENERATION, STATE = "config.json", "generation_config.json", "training/state.pt"
 # What a save replaces, whoever wrote it (we, transformers, the hub): a mixture of two models' files would load as a third.
-OWN = {CONFIG, GENERATION, SINGLE, INDEX, "training", *TOKENIZER_FILES, "chat_template.json"}
+OWN = {CONFIG, GENERATION, SINGLE, INDEX, "training", *TOKENIZER_FILES, "chat_template.json", "adapter_config.json",
+       "adapter_model.safetensors"}
 # What people write about a model stays beside its new weights. A folder with anything else (pickled weights too: the only
 # copy, maybe) is never replaced.
 KEPT = {"README.md", "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", ".gitattributes"}
@@ -117,6 +119,9 @@ def _network(model: nn.Module) -> TransformerWrapper:
     network = unwrap(model.policy_model if isinstance(model, DPO) else model)
     if not isinstance(network, TransformerWrapper):
         raise CheckpointError(f"{type(network).__name__} can't be saved, allowed is a TransformerWrapper or a wrapper of one")
+    if has_lora(network):
+        raise CheckpointError("a model with LoRA adapters can't be saved whole, allowed is xalign.nn.lora.merge(model) before, "
+                              "or xalign.adapters.save_adapter(model, folder)")
     return network
 
 

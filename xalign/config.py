@@ -24,7 +24,8 @@ FREE = ("--prompt", "--system")  # flags whose value is any text
 COUNT = 2**31 - 1  # no count is larger: larger ones overflow in torch or in a file's 32 bits
 # the least and the largest value of a setting; those of the loss and of the draws are told by their own modules
 LIMITS: dict[str, tuple[float, float]] = {
-    **dict.fromkeys(("batch_size", "sft_batch_size", "gradient_accumulation_steps", "eval_prompts", "limit"), (1, COUNT)),
+    **dict.fromkeys(("batch_size", "sft_batch_size", "gradient_accumulation_steps", "eval_prompts", "limit",
+                    "micro_batch_tokens"), (1, COUNT)),
     **dict.fromkeys(("eval_samples", "eval_max_new_tokens", "n", "top_k", "beams"), (1, 10**6)),
     **dict.fromkeys(("dim", "heads", "kv_heads"), (1, 2**20)), "depth": (1, 10_000), "vocab_size": (1, 2**24),
     **dict.fromkeys(("learning_rate", "sft_learning_rate"), (1e-12, 1e12)),
@@ -110,15 +111,34 @@ class LossOptions:
     """The preference loss."""
 
     loss_type: str = "sigmoid"
-    """Name of the loss (see docs/design.md)."""
-    beta: float = 0.1
-    """Strength of the pull towards the reference, > 0."""
+    """Name of the loss, or several: sigmoid,sft (docs/losses.md lists them)."""
+    loss_weights: str | None = None
+    """What each of several losses counts: 1,0.1; none: 1 each."""
+    beta: float | None = None
+    """Strength of the pull towards the reference, > 0; none: the loss's own (docs/losses.md), .1 for sigmoid."""
     label_smoothing: float = 0.0
     """Probability that a label is flipped, in [0, .5)."""
+    gamma: float | None = None
+    """Margin that simpo asks for, >= 0; none: .5."""
+    tau: float | None = None
+    """How sharply discopop changes from one loss to the other, in (0, 1]; none: .05."""
+    f_divergence: Literal["reverse_kl", "forward_kl", "js", "alpha"] = "reverse_kl"
+    """Divergence that holds the policy to the reference."""
+    f_alpha: float = 0.5
+    """The alpha of f_divergence alpha: 1 is reverse_kl, 0 forward_kl."""
+    ld_alpha: float = 1.0
+    """What tokens of the longer side count beyond the shorter's length, in [0, 1] (LD-DPO)."""
+    share_prefix: bool = True
+    """Run what both sides of a pair begin with once; changes nothing but time and memory."""
+    packed: bool = True
+    """Run no padding, and the head for scored tokens alone, in pieces; changes nothing but time and memory."""
     ref_model: str | None = None
     """Folder of the reference, or its name on the hub; none: a frozen copy of the model before training."""
     precompute_ref_log_probs: bool = True
     """Run the reference over all pairs once, before training."""
+    reference_cache: str | None = None
+    """Folder in which runs share these log-probabilities, found by weights, tokens and precision; none: the run's own, for as
+    long as it lasts."""
 
 
 @dataclass(frozen=True)
@@ -131,6 +151,9 @@ class TrainingOptions:
     """Records a forward pass."""
     gradient_accumulation_steps: int = 1
     """Forward passes an optimizer step; losses are averaged over all of them together."""
+    micro_batch_tokens: int | None = None
+    """Tokens of a forward pass: a step's records, the longest first, run together as long as their lengths (of a pair: with its
+    longer side) add up to no more; none: batch_size records."""
     num_train_epochs: float = 1.0
     """Passes over the data."""
     max_steps: int = -1
@@ -150,6 +173,9 @@ class TrainingOptions:
     """What AdamW adds to the denominator."""
     max_grad_norm: float = 1.0
     """Gradients are clipped to this norm; 0: never."""
+    on_nan: Literal["stop", "skip"] = "stop"
+    """What a step does whose loss or gradient norm is not finite: it stops the run, or it changes nothing and is counted
+    (20 in a row stop the run)."""
     bf16: bool = False
     """Matrix products in bfloat16 (autocast): faster on GPUs and on CPUs with AVX512-BF16 or AMX."""
     gradient_checkpointing: bool = False
@@ -182,6 +208,9 @@ class RunOptions:
     """Insist on continuing: fail where the folder has nothing to resume (a same configuration resumes anyway)."""
     overwrite: bool = False
     """Start anew in a folder that holds a run."""
+    profile: bool = False
+    """Profile steps 3 to 5: profile.json in the run folder (chrome://tracing, ui.perfetto.dev), a table of operations, and in
+    the log U, the part of the time that the fewest FLOPs need."""
     dry_run: bool = False
     """Show one rendered, tokenised and masked record, the parameter count and the memory that the run needs, then stop."""
 
@@ -371,6 +400,7 @@ def parse(kind: type[C], arguments: Sequence[str], program: str, short: dict[str
         if stop.code in (0, None):
             raise
         message = re.sub(r"^Error parsing (\w+: )?", "", _one_line(refused.getvalue()))
+        message = re.sub(r"no type matching .*<class '(?:int|float)'>: ", "", message)  # of a number that may be left out
         named = re.search(r"--[\w-]+", message)
         raise ConfigError(f"{origin.get(named[0], '') if named else ''}{message}") from None
     for name, value in flatten(config).items():

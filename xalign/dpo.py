@@ -2,16 +2,23 @@
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from xalign import losses
 from xalign.errors import ConfigError, nearest
 from xalign.logprobs import scored_logprobs
 from xalign.losses import LOSSES
+from xalign.nn.decoding import evaluating
+from xalign.nn.lora import adapters_off, has_lora
 
 Mask = Tensor | None
 
@@ -41,36 +48,90 @@ def prompt_columns(prompt_mask: Mask, tokens: Tensor, name: str) -> Tensor:
     return F.pad(prompt_mask.bool(), (0, n - prompt_mask.shape[1]))
 
 
+@dataclass(frozen=True)
+class Component:
+    """A loss of a mixture: its weight, what it asks for, and its hyperparameters."""
+
+    function: Callable[..., Tensor]
+    weight: float
+    takes: set[str]
+    options: dict[str, Any]
+
+
+def components(loss: str | Callable[..., Tensor] | Sequence[str | Callable[..., Tensor]], weights: Sequence[float] | None,
+               given: dict[str, Any]) -> list[Component]:
+    """The losses by name ("sigmoid", "sigmoid,sft" or a list) or as functions, each with those hyperparameters that it has.
+
+    `given` None is a loss's own default. Raises `ConfigError` for an unknown name, weights that don't fit, and a hyperparameter
+    that none of them has.
+    """
+    names: list[Any] = loss.split(",") if isinstance(loss, str) else [loss] if callable(loss) else list(loss)
+    weights = [1.0] * len(names) if weights is None else list(weights)
+    if len(weights) != len(names) or not all(math.isfinite(w) for w in weights):
+        raise ConfigError(f"loss weights are {weights} for {len(names)} losses, allowed is a finite number for each")
+    given = {k: v for k, v in given.items() if v is not None}
+    found = []
+    for name, weight in zip(names, weights, strict=True):
+        name = name.strip() if isinstance(name, str) else name
+        if isinstance(name, str) and name not in LOSSES:
+            raise ConfigError(f"no loss {name!r}{nearest(name, LOSSES)}; allowed are {', '.join(LOSSES)}")
+        function = LOSSES[name] if isinstance(name, str) else name
+        takes = set(inspect.signature(function).parameters)
+        found.append(Component(function, weight, takes, {k: v for k, v in given.items() if k in takes}))
+    for option in given.keys() - {"beta"}:
+        if not any(option in c.options for c in found):
+            raise ConfigError(f"{option} is {given[option]}, but the loss {loss!r} has none: allowed is to leave it out")
+    return found
+
+
 class DPO(nn.Module):
     """Direct preference optimisation and its relatives (Rafailov et al. 2023, arXiv 2305.18290, eq. 7).
 
     `policy_model` is the model given, `ref_model` a frozen copy in eval mode that shares no storage with it, or
-    the model given as `ref_model`. `loss` is a name in `losses.LOSSES` or a function with their signature.
-    `reduction="sum"` compares summed log-probabilities, as the paper does; `"mean"` per-token averages, as
-    x-transformers does. `pad_id` marks the outer run of pads as padding; where the pad is the EOS token, give
-    masks to the call instead. `parameters()`, `named_parameters()` and `state_dict()` are the policy's own.
+    the model given as `ref_model`, or None where no loss asks for it and where a LoRA policy plays it without its
+    adapters. `loss` is a name in `losses.LOSSES`, several
+    ("sigmoid,sft", with `loss_weights`), or a function with their signature; hyperparameters besides `beta` (None: the loss's
+    own) and `label_smoothing` go into `loss_options`. `reduction="sum"` compares summed log-probabilities, as the paper does;
+    `"mean"` per-token averages, as x-transformers does. `divergence` other than reverse_kl (`losses.divergence`) holds
+    the policy to the reference in another way; `ld_alpha` counts tokens of the longer side beyond the shorter's length by
+    this factor (Liu et al. 2024, LD-DPO, arXiv 2409.06411). `pad_id` marks the outer run of pads as padding; where the pad is
+    the EOS token, give masks to the call instead. With `share_prefix` what both sides begin with runs once; with
+    `packed` False all rows run as they are, padded, and all logits are made. Neither changes a value beyond rounding.
+    `parameters()`, `named_parameters()` and `state_dict()` are the policy's own.
     """
 
-    def __init__(self, model: nn.Module, beta: float = 0.1, pad_id: int | None = None, ref_model: nn.Module | None = None,
-                 loss: str | Callable[..., Tensor] = "sigmoid", label_smoothing: float = 0.0, reduction: str = "sum"):
+    def __init__(self, model: nn.Module, beta: float | None = 0.1, pad_id: int | None = None,
+                 ref_model: nn.Module | None = None,
+                 loss: str | Callable[..., Tensor] | Sequence[str | Callable[..., Tensor]] = "sigmoid",
+                 label_smoothing: float = 0.0, reduction: str = "sum", *, loss_weights: Sequence[float] | None = None,
+                 loss_options: dict[str, Any] | None = None, divergence: str = "reverse_kl", divergence_alpha: float = 0.5,
+                 ld_alpha: float = 1.0, share_prefix: bool = True, packed: bool = True):
         super().__init__()
-        if isinstance(loss, str) and loss not in LOSSES:
-            raise ConfigError(f"no loss {loss!r}{nearest(loss, LOSSES)}; allowed are {', '.join(LOSSES)}")
         if reduction not in ("sum", "mean"):
             raise ConfigError(f"reduction is {reduction!r}, allowed is 'sum' or 'mean'")
-        self.loss_function = LOSSES[loss] if isinstance(loss, str) else loss
-        self._takes = set(inspect.signature(self.loss_function).parameters)
-        if label_smoothing and "label_smoothing" not in self._takes:
-            raise ConfigError(f"label_smoothing is {label_smoothing}, but the loss {loss!r} has none: allowed is 0")
-        self.options = {"beta": beta, "label_smoothing": label_smoothing}
-        self.beta, self.pad_id, self.reduction = beta, pad_id, reduction
+        if not 0 <= ld_alpha <= 1:
+            raise ConfigError(f"ld_alpha is {ld_alpha!r}, allowed is a number in [0, 1]")
+        given = {"beta": beta, "label_smoothing": label_smoothing or None, **(loss_options or {})}
+        self.components = components(loss, loss_weights, given)
+        betas = [inspect.signature(c.function).parameters["beta"].default for c in self.components if "beta" in c.takes]
+        self.beta = beta if beta is not None else betas[0] if betas else 1.0
+        self.pad_id, self.reduction, self.ld_alpha = pad_id, reduction, ld_alpha
+        self.share_prefix, self.packed = share_prefix, packed
+        if divergence != "reverse_kl" and (not self.compares or any(c.function is losses.aot for c in self.components)):
+            raise ConfigError(f"divergence is {divergence!r}, but the loss {loss!r} has no log-ratios: allowed is reverse_kl")
+        self.divergence = partial(losses.divergence, kind=divergence, alpha=divergence_alpha)
         self.policy_model = unwrap(model)
         self._reference = (self._freeze(ref_model),)  # in a tuple, so that it is no submodule
         zero = torch.zeros(1)
         self.pair_losses(zero, zero, zero, zero, torch.ones(1), torch.ones(1))  # bad hyperparameters are told now
 
+    @property
+    def compares(self) -> bool:
+        """Whether a loss asks for the reference."""
+        return any("ref_chosen" in c.takes for c in self.components)
+
     def _freeze(self, ref_model: nn.Module | None) -> nn.Module | None:
-        if ref_model is None and "ref_chosen" not in self._takes:
+        if not self.compares or (ref_model is None and has_lora(self.policy_model)):
             return None
         reference = copy.deepcopy(self.policy_model) if ref_model is None else unwrap(ref_model)
         trained = {t.untyped_storage().data_ptr() for t in self.policy_model.parameters()}
@@ -81,6 +142,15 @@ class DPO(nn.Module):
     @property
     def ref_model(self) -> nn.Module | None:
         return self._reference[0]
+
+    @contextmanager
+    def reference(self) -> Iterator[nn.Module]:
+        """What plays the reference for the block, in eval mode: `ref_model`, or a LoRA policy without its adapters."""
+        if self.ref_model is not None:
+            yield self.ref_model
+        else:
+            with evaluating(self.policy_model), adapters_off(self.policy_model):
+                yield self.policy_model
 
     def _apply(self, fn: Callable, recurse: bool = True) -> "DPO":
         if self.ref_model is not None:
@@ -115,35 +185,52 @@ class DPO(nn.Module):
         width = max(preferred_seq.shape[1], unpreferred_seq.shape[1])
         tokens, mask, loss_mask = (torch.cat([F.pad(t, (0, width - t.shape[1])) for t in side])
                                    for side in zip(*sides, strict=True))
-        logps, scored = scored_logprobs(model, tokens, loss_mask, mask)
+        logps, scored = scored_logprobs(model, tokens, loss_mask, mask, sides=2 if self.share_prefix else 1, packed=self.packed)
         lengths = scored.sum(1)
         if not bool((lengths > 0).all()):
             row = int((lengths == 0).nonzero()[0])
             side, row = ("unpreferred_seq", row - len(preferred_seq)) if row >= len(preferred_seq) else ("preferred_seq", row)
             raise ValueError(f"row {row} of {side} has no response token to score, allowed is at least one after the "
                              "prompt (and one token before it)")
-        sums = logps.masked_fill(~scored, 0.0).sum(1)
+        logps = logps.masked_fill(~scored, 0.0)
+        if self.ld_alpha != 1:
+            shorter = torch.minimum(*lengths.chunk(2)).repeat(2)
+            logps = torch.where(scored.cumsum(1) <= shorter[:, None], logps, self.ld_alpha * logps)
+        sums = logps.sum(1)
         return (*sums.chunk(2), *lengths.chunk(2))  # type: ignore[return-value]
 
     def pair_losses(self, policy_chosen: Tensor, policy_rejected: Tensor, ref_chosen: Tensor | None,
-                    ref_rejected: Tensor | None, chosen_lengths: Tensor, rejected_lengths: Tensor) -> Tensor:
-        """The loss of each pair, (b,), from summed log-probabilities, nats, and response lengths, (b,) each."""
+                    ref_rejected: Tensor | None, chosen_lengths: Tensor, rejected_lengths: Tensor,
+                    tokens_per_pair: float | None = None) -> Tensor:
+        """The weighted loss of each pair, (b,), from summed log-probabilities, nats, and response lengths, (b,) each.
+
+        `tokens_per_pair` is the chosen's mean length over all of a step, for `losses.sft`.
+        """
         vectors = {"policy_chosen": policy_chosen, "policy_rejected": policy_rejected,
                    "ref_chosen": ref_chosen, "ref_rejected": ref_rejected}
         lengths = {"chosen_lengths": chosen_lengths, "rejected_lengths": rejected_lengths}
-        if self.reduction == "mean":
-            vectors = {k: None if t is None else t / lengths[k.split("_")[1] + "_lengths"] for k, t in vectors.items()}
-        given = {**vectors, **lengths, **self.options}
-        return self.loss_function(**{k: v for k, v in given.items() if k in self._takes})
+        total = torch.zeros_like(policy_chosen)
+        for c in self.components:
+            given = dict(vectors)
+            if self.reduction == "mean" and "chosen_lengths" not in c.takes:
+                given = {k: None if t is None else t / lengths[k.split("_")[1] + "_lengths"] for k, t in vectors.items()}
+            if "ref_chosen" in c.takes and self.divergence.keywords["kind"] != "reverse_kl":
+                for side in ("chosen", "rejected"):
+                    ratio = given[f"policy_{side}"] - given[f"ref_{side}"]  # type: ignore[operator]
+                    given |= {f"policy_{side}": self.divergence(ratio), f"ref_{side}": torch.zeros_like(ratio)}
+            arguments = {**given, **lengths, "tokens_per_pair": tokens_per_pair}
+            total = total + c.weight * c.function(**{k: v for k, v in arguments.items() if k in c.takes}, **c.options)
+        return total
 
     def forward(self, preferred_seq: Tensor, unpreferred_seq: Tensor, *, prompt_mask: Mask | tuple[Mask, Mask] = None,
                 preferred_seq_mask: Mask = None, unpreferred_seq_mask: Mask = None,
-                ref_logps: tuple[Tensor, Tensor] | None = None, return_metrics: bool = False) -> Any:
+                ref_logps: tuple[Tensor, Tensor] | None = None, tokens_per_pair: float | None = None,
+                return_metrics: bool = False) -> Any:
         """The mean loss over pairs, a scalar in nats; with `return_metrics` (loss, dict of detached scalars).
 
         Sequences (b, n_w) and (b, n_l) hold prompt and response; `prompt_mask` (b, k), or one a side, is True on
         prompt tokens; the masks are True on real tokens, and padding never changes a value. `ref_logps` are the
-        reference's summed log-probabilities (b,) of both sides where they are known already.
+        reference's summed log-probabilities (b,) of both sides where they are known already; `tokens_per_pair` as above.
         Raises `ValueError` for a row without response tokens.
         """
         batch: dict[str, Any] = {"prompt_mask": prompt_mask, "preferred_seq_mask": preferred_seq_mask,
@@ -152,18 +239,20 @@ class DPO(nn.Module):
         ref_chosen = ref_rejected = None
         if ref_logps is not None:
             ref_chosen, ref_rejected = ref_logps
-        elif self.ref_model is not None:
-            with torch.no_grad():
-                ref_chosen, ref_rejected, _, _ = self.logps(self.ref_model, preferred_seq, unpreferred_seq, **batch)
-        loss = self.pair_losses(chosen, rejected, ref_chosen, ref_rejected, n_chosen, n_rejected).mean()
+        elif self.compares:
+            with torch.no_grad(), self.reference() as reference:
+                ref_chosen, ref_rejected, _, _ = self.logps(reference, preferred_seq, unpreferred_seq, **batch)
+        loss = self.pair_losses(chosen, rejected, ref_chosen, ref_rejected, n_chosen, n_rejected, tokens_per_pair).mean()
         if not return_metrics:
             return loss
         with torch.no_grad():
-            metrics = {"logps/chosen": chosen.mean(), "logps/rejected": rejected.mean()}
+            metrics = {"logps/chosen": chosen.mean(), "logps/rejected": rejected.mean(),
+                       "lengths/chosen": n_chosen.float().mean(), "lengths/rejected": n_rejected.float().mean()}
             if ref_chosen is not None and ref_rejected is not None:
                 win, lose = self.beta * (chosen - ref_chosen), self.beta * (rejected - ref_rejected)
                 # a tie counts one half, so that the untrained policy starts at .5 and not at 0
                 accuracies = (win > lose).float() + 0.5 * (win == lose).float()
                 metrics |= {"rewards/chosen": win.mean(), "rewards/rejected": lose.mean(),
-                            "rewards/accuracies": accuracies.mean(), "rewards/margins": (win - lose).mean()}
+                            "rewards/accuracies": accuracies.mean(), "rewards/margins": (win - lose).mean(),
+                            "logps/chosen_change": (chosen - ref_chosen).mean()}  # falls: likelihood displacement
         return loss, {k: v.detach() for k, v in metrics.items()}

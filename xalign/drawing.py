@@ -8,6 +8,7 @@ flags on the host, which costs nothing on a CPU; elsewhere every row takes the l
 
 import math
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,9 @@ from xalign.stopping import Endings
 
 WIDTH, SPARE = 320, 32  # how many of the largest logits are looked at, and how many more to see ties end
 ARGUMENT = {"temperature": "t", "top_k": "k", "top_p": "thres", "min_p": "min_p"}
+ONES, LEAST = 2**64 - 1, np.finfo(np.float32).min
+GOLDEN, MIX1, MIX2 = (n & ONES for n in (sampling.GOLDEN, sampling.MIX1, sampling.MIX2))
+CHUNK = 2**17  # logits whose noise is made at a time on a CPU: 8 bytes each, which its caches hold
 UNCHANGED = {"temperature": (1,), "top_k": (None,), "top_p": (None, 1), "min_p": (None, 0)}
 
 
@@ -118,6 +122,13 @@ class Draw:
         if device.type == "cpu" and not filters and self.options.keys() - {"temperature"}:
             ks = torch.tensor([WIDTH]) if top_k is None else sampling.per_row(top_k, torch.zeros(1), 1, math.inf)
             self.width = max([int(k) for k in ks.flatten().tolist() if k <= WIDTH], default=0)
+        if self.width:
+            one, given = torch.zeros(1), {"top_k": math.inf, "top_p": 1.0, "min_p": 0.0} | self.options
+            # of all requests, or of each: ranks, shares of the mass, what those weigh at least, ratios
+            k, p, ratio = (sampling.per_row(given[name], one, low, high, dtype).numpy() for name, low, high, dtype in (
+                ("top_k", 1, math.inf, torch.float32), ("top_p", 0, 1, torch.float64), ("min_p", 0, 1, torch.float32)))
+            enough = np.where(p < 1, (sampling.UNITS >> sampling.SLACK) + 1.0, sampling.EVERYTHING)
+            self.limits = [np.trunc(k), p, enough, ratio * np.float32(1 - sampling.ROUNDING)]
 
     def filtered(self, logits: Tensor, rows: Tensor | None = None, probe: bool = False) -> Tensor:
         """The long way up to the noise."""
@@ -132,72 +143,102 @@ class Draw:
         """Draw; `keys` and `position` (b,) are those of `sampling.gumbel`; row i belongs to request `rows[i]`, or to i."""
         if self.greedy:
             return (self.filtered(logits) if self.filters else logits).argmax(-1)
-        found = self.survivors(logits, rows) if self.width else None
+        found = self.survivors(logits, rows) if self.width and not torch.compiler.is_compiling() else None
         if found is None:
             return self.long_way(logits, keys, position, rows)
         scaled, index, settled = found
-        scaled = scaled + sampling.gumbel(keys, position, index)
-        token = index.masked_fill(scaled < scaled.amax(-1, keepdim=True), logits.shape[-1]).amin(-1)  # of equals the lowest
-        if bool(settled.all()):
+        scaled = scaled + gumbel(keys, position, index)
+        token = np.where(scaled < scaled.max(1, keepdims=True), logits.shape[-1], index).min(1)  # of equals the lowest
+        token = torch.from_numpy(token)
+        if settled.all():
             return token
-        left = (~settled).nonzero()[:, 0]
+        left = torch.from_numpy(np.flatnonzero(~settled))
         again = self.long_way(logits[left], keys[left], position[left], left if rows is None else rows[left])
         return token.index_copy(0, left, again)
 
     def long_way(self, logits: Tensor, keys: Tensor, position: Tensor, rows: Tensor | None) -> Tensor:
-        return (self.filtered(logits, rows) + sampling.gumbel(keys, position, logits.shape[-1])).argmax(-1)
+        x, v = self.filtered(logits, rows), logits.shape[-1]
+        each = max(1, CHUNK // v) if x.device.type == "cpu" else len(x)
+        parts = zip(x.split(each), keys.split(each), position.split(each), strict=True)
+        return torch.cat([(some + sampling.gumbel(key, at, v)).argmax(-1) for some, key, at in parts])
 
-    def survivors(self, logits: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor] | None:
+    def survivors(self, logits: Tensor, rows: Tensor | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
         """The largest logits (b, k) of each row, scaled and -inf where filtered out, their tokens, and whether that is all.
 
-        None where it is certain that no row has so few.
+        None where that is so of no row, and where the largest of a row is infinite. The maths are those of `sampling`'s
+        operations, in numpy but for exp, and few calls: each is slow where the weights have just passed through the caches.
         """
-        x, v = logits, logits.shape[-1]
-        t, top_k, top_p, min_p = (of_rows(self.options.get(name), rows) for name in ARGUMENT)
-        if t is not None:
-            x = sampling.temperature(x, t)
-        if top_p is not None and top_k is None:
-            needed = sampling.mass_limit(top_p, sampling.weights(x).sum(-1, keepdim=True, dtype=torch.float64))
-            if v > self.width and bool((needed > self.width * sampling.UNITS).all()):
-                return None
+        x, v = logits.detach(), logits.shape[-1]
+        if "temperature" in self.options:
+            x = sampling.temperature(x, of_rows(self.options["temperature"], rows))
+        limits = self.limits
+        if rows is not None and any(t.ndim for t in limits):
+            limits = [t[rows.numpy()] if t.ndim else t for t in limits]
+        top_k, top_p, enough, min_p = limits
         k = min(self.width + SPARE, v)
-        values, index = largest(x, k)
-        scaled, settled = values, torch.tensor(True)
-        if top_k is not None:
-            limit = sampling.per_row(top_k, logits, 1, v).trunc()
-            scaled, settled = torch.where(torch.arange(k) < limit, values, NEG_INF), limit < k
-        if top_p is not None:
-            weight = sampling.weights(scaled).double()
-            if top_k is not None:
-                needed = sampling.mass_limit(top_p, weight.sum(-1, keepdim=True))
-            missing = needed - (weight.cumsum(-1) - weight)
-            scaled = torch.where(missing > weight * 2.0**-sampling.SLACK, scaled, NEG_INF)
-        if min_p is not None:
-            scaled = sampling.min_p(scaled, min_p)
+        scaled, index = largest(x.numpy(), k)
+        if not all(map(math.isfinite, scaled[:, 0].tolist())):
+            return None
+        last, top = np.maximum(scaled[:, -1:], LEAST), torch.from_numpy(scaled[:, :1])
+        settled: Any = "top_k" not in self.options or top_k < k
+        if top_k.ndim:
+            scaled = np.where(np.arange(k) < top_k, scaled, NEG_INF)
+        elif top_k < k:
+            scaled, index = scaled[:, : int(top_k)], index[:, : int(top_k)]
+        ratio = (torch.from_numpy(scaled) - top).exp_().numpy()
+        if "top_p" in self.options:
+            weight = np.rint(ratio * float(sampling.UNITS))
+            upto = weight.cumsum(1, dtype=np.float64)
+            total = upto[:, -1:]
+            if "top_k" not in self.options:
+                total = (x - top).exp_().mul_(sampling.UNITS).round_().sum(-1, keepdim=True, dtype=torch.float64).numpy()
+            missing = np.maximum(np.ceil(top_p * total), enough) - (upto - weight)
+            scaled = np.where(missing > weight * 2.0**-sampling.SLACK, scaled, NEG_INF)
+        if "min_p" in self.options:
+            scaled = np.where(ratio >= min_p, scaled, NEG_INF)
         # what is not here is no larger than the last column: if that and its equals are out, so is the rest
-        last = values[:, -1:].clamp(min=torch.finfo(torch.float32).min)
-        return scaled, index, (settled & (scaled != last)).all(-1) if k < v else torch.ones(len(x), dtype=torch.bool)
+        settled = (settled & (scaled != last)).all(1) if k < v else np.ones(len(x), bool)
+        return (scaled, index, settled) if settled.any() else None
 
 
-def largest(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The `k` largest of each row (b, v) on the CPU, downwards, ties by the lower index, and where they are.
+def largest(x: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """The `k` largest of each row (b, v), downwards, ties by the lower index, and where they are.
 
     Which of several equal to the last one are taken is left open. The row is split into blocks, each of every n-th entry; an
-    entry among the k largest lies in one of the k blocks with the largest maxima, so the others need not be looked at. numpy
-    selects and sorts by vector instructions, several times faster than torch.
+    entry among the k largest lies in one of the k blocks with the largest maxima, so the others need not be looked at.
     """
-    v = x.shape[-1]
+    row, size, n, offsets, rest = _blocks(*x.shape, k)
+    most = np.maximum.reduce(x[:, : size * n].reshape(-1, size, n), 1)
+    few = min(k, n)
+    index = (most.argpartition(-few)[:, None, -few:] + offsets).reshape(len(x), -1)
+    if rest.size:
+        index = np.concatenate((index, rest), 1)
+    values = x[row, index]
+    chosen = values.argpartition(-k)[:, -k:]
+    values, index = values[row, chosen], index[row, chosen]
+    order = np.lexsort((index, -values))
+    return values[row, order], index[row, order]
+
+
+@lru_cache(16)
+def _blocks(b: int, v: int, k: int) -> tuple[np.ndarray, int, int, np.ndarray, np.ndarray]:
+    """Of `largest`: row numbers (b, 1), entries of a block, blocks, where a block's entries lie, and what is in none (b, m)."""
     size = 2 ** (math.isqrt(v // k).bit_length() - 1)  # about as many blocks as entries in the blocks that are chosen
     n = v // size
-    blocks = _indices_of_largest(x[:, : size * n].unflatten(1, (size, n)).amax(1), min(k, n))
-    index = (blocks[:, None] + torch.arange(0, size * n, n)[:, None]).flatten(1)
-    if size * n < v:
-        index = torch.cat((index, torch.arange(size * n, v).expand(len(x), -1)), 1)
-    index = index.gather(1, _indices_of_largest(x.gather(1, index), k))
-    keys = sampling.downwards(x.gather(1, index)).long() << 32 | index
-    index = torch.from_numpy(np.sort(keys.numpy())) & (2**32 - 1)
-    return x.gather(1, index), index
+    return np.arange(b)[:, None], size, n, np.arange(0, size * n, n)[:, None], np.arange(size * n, v)[None].repeat(b, 0)
 
 
-def _indices_of_largest(x: Tensor, k: int) -> Tensor:
-    return torch.from_numpy(np.argpartition(x.detach().numpy(), x.shape[-1] - k)[:, x.shape[-1] - k :])
+def gumbel(keys: Tensor, position: Tensor, index: np.ndarray) -> np.ndarray:
+    """`sampling.gumbel` for token ids (b, k) on the CPU, by fewer calls of torch."""
+    each = [_hash64(k + _hash64(n + GOLDEN & ONES) + GOLDEN & ONES) + GOLDEN & ONES
+            for k, n in zip(keys.tolist(), position.tolist(), strict=True)]
+    state = index.view(np.uint64) * GOLDEN + np.array(each, np.uint64)[:, None]
+    minus = ((_hash64(state) >> 24).astype(np.float32) + 0.5) * -(2.0**-40)
+    return -torch.from_numpy(np.maximum(minus, 2.0**-24 - 1)).log1p_().neg_().log_().numpy()
+
+
+def _hash64(x: Any) -> Any:
+    """`sampling.hash64` of whole numbers below 2**64, or of an array of them."""
+    x = (x ^ x >> 30) * MIX1 & ONES
+    x = (x ^ x >> 27) * MIX2 & ONES
+    return x ^ x >> 31

@@ -1,5 +1,7 @@
 """Log-probabilities of tokens: the one place of the next-token shift, the loss mask and the fp32 log-sum-exp."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -29,19 +31,47 @@ def compact(mask: Tensor, *tensors: Tensor) -> list[Tensor]:
     return [t.gather(1, order) for t in (mask, *tensors)]
 
 
-def scored_logprobs(model: nn.Module, tokens: Tensor, loss_mask: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def scored_logprobs(model: nn.Module, tokens: Tensor, loss_mask: Tensor, mask: Tensor | None = None, *,
+                    sides: int = 1, packed: bool = True) -> tuple[Tensor, Tensor]:
     """Per-token log-probabilities of one forward pass and which of them are scored, both (b, n - 1).
 
     `loss_mask` (b, n) is True on tokens to score and `mask` (b, n) on real ones (None: all). Padding may lie
     anywhere and have any id. A row's first real token has nothing before it and is never scored.
+
+    A model of ours runs without padding and gives log-probabilities to scored tokens alone, the others are 0; with
+    `sides` > 1, what rows i, b / sides + i, ... have in common before their first scored token is run once. With `packed`
+    False, as with other models, all rows go through the model as they are.
     """
-    n = tokens.shape[1]
+    n, loss_mask = tokens.shape[1], loss_mask.bool()
     if mask is not None:
-        mask, tokens, loss_mask = compact(mask.bool(), tokens, loss_mask.bool())
+        mask, tokens, loss_mask = compact(mask.bool(), tokens, loss_mask)
+        tokens, loss_mask = tokens.masked_fill(~mask, 0), loss_mask & mask
+    scored = loss_mask[:, 1:]
+    if packed and hasattr(model, "branch_logprobs"):
+        return _packed_logprobs(model, tokens, scored, sides), scored
+    if mask is not None:
         longest = max(1, int(mask.sum(1).max()))  # further right all is padding, which costs nothing and fills no window
-        tokens, loss_mask = tokens.masked_fill(~mask, 0)[:, :longest], loss_mask & mask
+        tokens = tokens[:, :longest]
     logps = token_logprobs(model(tokens), tokens)
-    return F.pad(logps, (0, n - tokens.shape[1])), loss_mask[:, 1:].bool()
+    return F.pad(logps, (0, n - tokens.shape[1])), scored
+
+
+def _packed_logprobs(model: Any, tokens: Tensor, scored: Tensor, sides: int) -> Tensor:
+    columns = torch.arange(1, tokens.shape[1], device=tokens.device)
+    # inputs 0 <= c < end give all that is scored; column c scores token c + 1
+    end = torch.where(scored, columns, 0).amax(1) if len(columns) else tokens.new_zeros(len(tokens))
+    first = torch.where(scored, columns - 1, tokens.shape[1]).amin(1) if len(columns) else end
+    begin = torch.zeros_like(end)
+    if sides > 1:
+        several = tokens.view(sides, -1, tokens.shape[1])
+        alike = (several == several[0]).all(0).long().cumprod(1).sum(1)
+        begin = torch.minimum(alike, torch.minimum(first, end).view(sides, -1).amin(0)).repeat(sides)
+    logps = torch.zeros(scored.shape, device=tokens.device)
+    rows, at = scored.nonzero(as_tuple=True)
+    if not len(rows):
+        return logps + 0 * next(model.parameters()).sum()  # for whoever asks for its gradient
+    found = model.branch_logprobs(tokens, begin, end, sides, rows, at, tokens[rows, at + 1])
+    return logps.index_put((rows, at), found)
 
 
 def sequence_logprobs(model: nn.Module, tokens: Tensor, loss_mask: Tensor, mask: Tensor | None = None) -> Tensor:

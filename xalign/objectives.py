@@ -14,8 +14,14 @@ class Objective(Protocol):
     def weight(self, batch: Any) -> int:
         """How much of the global mean the batch is: scored tokens, or pairs."""
 
-    def __call__(self, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        """The mean loss over the batch, and metrics that average by the same weight."""
+    def tokens(self, batch: Any) -> int:
+        """Tokens that count, of texts to imitate."""
+
+    def lengths(self, batch: Any) -> list[list[int]]:
+        """Of each row how many tokens the prompt has, and each completion."""
+
+    def __call__(self, batch: Any, tokens: float | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """The mean loss over the batch, and metrics that average by the same weight; `tokens` is the step's tokens / weight."""
 
 
 class SFT:
@@ -27,7 +33,14 @@ class SFT:
     def weight(self, batch: ExampleBatch) -> int:
         return int(batch.loss_mask[:, 1:].sum())
 
-    def __call__(self, batch: ExampleBatch) -> tuple[Tensor, dict[str, Tensor]]:
+    def tokens(self, batch: ExampleBatch) -> int:
+        return self.weight(batch)
+
+    def lengths(self, batch: ExampleBatch) -> list[list[int]]:
+        scored = batch.loss_mask[:, 1:].sum(1)
+        return torch.stack((batch.mask.sum(1) - scored, scored), 1).tolist()
+
+    def __call__(self, batch: ExampleBatch, tokens: float | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         logps, scored = scored_logprobs(self.model, batch.tokens, batch.loss_mask)
         return -logps.masked_fill(~scored, 0.0).sum() / scored.sum().clamp(min=1), {}
 
@@ -41,11 +54,19 @@ class Preference:
     def weight(self, batch: PairBatch) -> int:
         return len(batch)
 
-    def __call__(self, batch: PairBatch) -> tuple[Tensor, dict[str, Tensor]]:
+    def tokens(self, batch: PairBatch) -> int:
+        return int((batch.chosen_mask & ~batch.chosen_prompt_mask)[:, 1:].sum())
+
+    def lengths(self, batch: PairBatch) -> list[list[int]]:
+        prompt, chosen, rejected = (m.sum(1) for m in (batch.chosen_prompt_mask, batch.chosen_mask, batch.rejected_mask))
+        return torch.stack((prompt, chosen - prompt, rejected - prompt), 1).tolist()
+
+    def __call__(self, batch: PairBatch, tokens: float | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         known = None
         if self.ref_logps is not None:
             known = tuple(t[batch.index.to(t.device)].to(batch.chosen.device) for t in self.ref_logps)
-        return self.dpo(batch.chosen, batch.rejected, **pair_masks(batch), ref_logps=known, return_metrics=True)
+        return self.dpo(batch.chosen, batch.rejected, **pair_masks(batch), ref_logps=known, tokens_per_pair=tokens,
+                        return_metrics=True)
 
 
 def pair_masks(batch: PairBatch) -> dict[str, Any]:

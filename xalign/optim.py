@@ -15,6 +15,8 @@ def adamw(module: nn.Module, learning_rate: float, weight_decay: float = 0.0,
     """AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101); matrices decay, embeddings, norms and biases do not."""
     free = {p for m in module.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     trained = [p for p in module.parameters() if p.requires_grad]
+    if not trained:
+        raise ConfigError("the model has no weight that can be trained (is it quantised?), allowed is one as it was loaded")
     decays = [p for p in trained if p.ndim >= 2 and p not in free]
     rest = [p for p in trained if p.ndim < 2 or p in free]
     groups = [{"params": decays, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]

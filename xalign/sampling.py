@@ -231,7 +231,7 @@ def sample(logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
 
 
 # Counter-based noise: a pure function of integers, so a row's draws depend on nothing but its own key and position.
-_GOLDEN, _MIX1, _MIX2 = -0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15  # splitmix64's, as signed int64
+GOLDEN, MIX1, MIX2 = -0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15  # splitmix64's, as signed int64
 
 
 def _shift(x: Tensor, bits: int) -> Tensor:
@@ -241,14 +241,14 @@ def _shift(x: Tensor, bits: int) -> Tensor:
 
 def hash64(x: Tensor) -> Tensor:
     """Mix int64 to int64 by the finaliser of splitmix64 (Steele et al. 2014), wrapping around."""
-    x = (x ^ _shift(x, 30)).mul_(_MIX1)
-    x = x.bitwise_xor_(_shift(x, 27)).mul_(_MIX2)
+    x = (x ^ _shift(x, 30)).mul_(MIX1)
+    x = x.bitwise_xor_(_shift(x, 27)).mul_(MIX2)
     return x.bitwise_xor_(_shift(x, 31))
 
 
 def fold(key: Tensor, data: Tensor | int) -> Tensor:
     """A new key from a key and an integer, both int64 and broadcast together."""
-    return hash64(key + (hash64(torch.as_tensor(data, device=key.device) + _GOLDEN)) + _GOLDEN)
+    return hash64(key + (hash64(torch.as_tensor(data, device=key.device) + GOLDEN)) + GOLDEN)
 
 
 def row_keys(seed: int | Tensor, rows: int, samples: int = 1, device: torch.device | None = None) -> Tensor:
@@ -270,7 +270,7 @@ def gumbel(key: Tensor, position: Tensor, tokens: int | Tensor) -> Tensor:
     `tokens` is the vocabulary's size, which gives (b, v), or token ids (b, k), which gives the same numbers for those alone.
     """
     ids = torch.arange(tokens, device=key.device) if isinstance(tokens, int) else tokens
-    state = ids * _GOLDEN + (fold(key, position) + _GOLDEN)[:, None]
+    state = ids * GOLDEN + (fold(key, position) + GOLDEN)[:, None]
     # 40 bits make the uniform's small values, hence the noise's large ones, exact to full fp32 precision
     minus = _shift(hash64(state), 24).float().add_(0.5).mul_(-(2.0**-40)).clamp_(min=2.0**-24 - 1)
     return minus.log1p_().neg_().log_().neg_()

@@ -167,18 +167,29 @@ def count_steps(per_epoch: int, epochs: float, max_steps: int = -1) -> int:
     return max_steps if max_steps > 0 else max(1, round(per_epoch * epochs))
 
 
-def micro_batches(order: Schedule, size: int, collate: Callable[[list[int]], Any]) -> Callable[[int], list[Any]]:
-    """A step's rows, collated `size` at a time."""
+def micro_batches(order: Schedule, size: int, collate: Callable[[list[int]], Any],
+                  tokens: int | None = None) -> Callable[[int], list[Any]]:
+    """A step's rows, collated `size` at a time; with `tokens` as many as together are no longer, the longest first."""
     def batches(step: int) -> list[Any]:
         rows = order.batch(step)
-        return [collate(rows[at : at + size]) for at in range(0, len(rows), size)]
+        if tokens is None:
+            return [collate(rows[at : at + size]) for at in range(0, len(rows), size)]
+        parts: list[list[int]] = []
+        room = 0
+        for row in sorted(rows, key=lambda i: -order.lengths[i]):
+            if not parts or order.lengths[row] > room or len(parts[-1]) == size:
+                parts.append([])
+                room = tokens
+            parts[-1].append(row)
+            room -= order.lengths[row]
+        return [collate(part) for part in parts]
 
     return batches
 
 
 def imitate(model: TransformerWrapper, tokenizer: Tokenizer, examples: Store[EncodedExample],
             held_out: Sequence[EncodedExample], run: RunFolder, options: LoopOptions, *, batch_size: int, accumulation: int = 1,
-            epochs: float, max_steps: int = -1) -> None:
+            epochs: float, max_steps: int = -1, tokens: int | None = None) -> None:
     """Supervised fine-tuning of `model` in place; its log and checkpoints are in `run`."""
     order = Schedule(examples.lengths, batch_size * accumulation, options.seed, rank=distributed.rank(),
                      world_size=distributed.size())
@@ -192,8 +203,9 @@ def imitate(model: TransformerWrapper, tokenizer: Tokenizer, examples: Store[Enc
             nll = mean_nll(model, held_out, tokenizer.pad_id)
         return {"eval/loss": nll, "eval/perplexity": float(torch.tensor(nll).exp())}
 
-    train(model, SFT(model), micro_batches(order, batch_size, collate), count_steps(len(order), epochs, max_steps), len(order),
-          options, run, tokenizer, title="sft", evaluate=evaluate if held_out else None)
+    batches = micro_batches(order, batch_size, collate, tokens)
+    train(model, SFT(model), batches, count_steps(len(order), epochs, max_steps), len(order), options,
+          run, tokenizer, title="sft", evaluate=evaluate if held_out else None)
 
 
 def sft_loop(options: SFTOptions, training: TrainingOptions, run: RunOptions) -> LoopOptions:

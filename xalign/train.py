@@ -1,6 +1,5 @@
 """The training programs from flags to report: `run_sft` and `run_dpo`."""
 
-import math
 import shutil
 import time
 from collections.abc import Iterable
@@ -25,7 +24,7 @@ from xalign.evaluation.metrics import pairs_logps, sample
 from xalign.evaluation.report import write_report
 from xalign.hf import torch_dtype
 from xalign.nn.transformer import TransformerWrapper
-from xalign.objectives import Preference
+from xalign.objectives import Preference, pair_masks
 from xalign.prepare import (
     Source,
     Split,
@@ -38,6 +37,7 @@ from xalign.prepare import (
     preference_data,
     say,
 )
+from xalign.reference import reference_logps
 from xalign.runs import CONFIG, SAMPLES, RunFolder, read_json
 from xalign.stages import (
     choose_device,
@@ -60,7 +60,7 @@ from xalign.tokenizers import Tokenizer
 from xalign.training import autocast, train
 
 # settings that may differ when a run is resumed: they change nothing in what is computed
-VOLATILE = ("resume", "overwrite", "dry_run", "report_to", "output_dir")
+VOLATILE = ("resume", "overwrite", "dry_run", "report_to", "output_dir", "reference_cache")
 
 
 def claim(config: Any, program: str) -> RunFolder:
@@ -137,7 +137,7 @@ def run_sft(config: SFTConfig) -> None:
             model.attn_layers.gradient_checkpointing = training.gradient_checkpointing
             imitate(model, tokenizer, examples, held, run, loop_options(training, config.run),
                     batch_size=training.batch_size, accumulation=training.gradient_accumulation_steps,
-                    epochs=training.num_train_epochs, max_steps=training.max_steps)
+                    epochs=training.num_train_epochs, max_steps=training.max_steps, tokens=training.micro_batch_tokens)
             distributed.once(lambda: save_pretrained(model, policy, tokenizer))
         forget(run, "tokens")
         print(policy)
@@ -221,7 +221,7 @@ def prefer(config: DPOConfig, run: RunFolder, data: Split[PreferencePair], examp
     else:
         policy.load_state_dict(load_pretrained(finished, device=device)[0].state_dict())
     distributed.leave_to_first()
-    forget(run, "tokens", "tokens-sft")
+    forget(run, "tokens", "tokens-sft", "reference-logps")
     e = config.evaluation
     result = compare(dpo, untrained, tokenizer, held_out, eval_pairs, gold_known=gold_known,
                      prompts=e.eval_prompts, samples=e.eval_samples, max_new_tokens=e.eval_max_new_tokens,
@@ -234,7 +234,13 @@ def prefer(config: DPOConfig, run: RunFolder, data: Split[PreferencePair], examp
 def preference(config: DPOConfig, policy: nn.Module, reference: nn.Module | None = None) -> DPO:
     """The loss module; raises `ConfigError` for settings that the loss does not allow."""
     loss = config.loss
-    return DPO(policy, beta=loss.beta, ref_model=reference, loss=loss.loss_type, label_smoothing=loss.label_smoothing)
+    try:
+        weights = [float(weight) for weight in loss.loss_weights.split(",")] if loss.loss_weights else None
+    except ValueError:
+        raise ConfigError(f"--loss-weights is {loss.loss_weights}, allowed are numbers with commas between them") from None
+    return DPO(policy, beta=loss.beta, ref_model=reference, loss=loss.loss_type, label_smoothing=loss.label_smoothing,
+               loss_weights=weights, loss_options={"gamma": loss.gamma, "tau": loss.tau}, divergence=loss.f_divergence,
+               divergence_alpha=loss.f_alpha, ld_alpha=loss.ld_alpha, share_prefix=loss.share_prefix, packed=loss.packed)
 
 
 def same_ids(one: Tokenizer, other: Tokenizer, pairs: list[PreferencePair]) -> bool:
@@ -279,12 +285,17 @@ def align(config: DPOConfig, run: RunFolder, dpo: DPO, tokenizer: Tokenizer, pai
     steps = count_steps(len(order), training.num_train_epochs, training.max_steps)
     known = eval_known = None
     with autocast(device, training.bf16):
-        if dpo.ref_model is not None and config.loss.precompute_ref_log_probs:
-            known = reference_logps(dpo, pairs, order, steps, tokenizer.pad_id)
-        if dpo.ref_model is not None and distributed.rank() == 0:  # which evaluates
-            eval_known = pairs_logps(dpo, dpo.ref_model, eval_pairs, tokenizer.pad_id)  # type: ignore[arg-type]
+        if dpo.compares and config.loss.precompute_ref_log_probs:
+            folder = Path(config.loss.reference_cache) if config.loss.reference_cache else run.path / "reference-logps"
+            with dpo.reference() as reference:
+                known = reference_logps(dpo, reference, pairs, visited(len(pairs), order, steps), tokenizer.pad_id, folder,
+                                        bf16=training.bf16, device=device.type, ld_alpha=dpo.ld_alpha)
+        if dpo.compares and distributed.rank() == 0:  # which evaluates
+            with dpo.reference() as reference:
+                eval_known = pairs_logps(dpo, reference, eval_pairs, tokenizer.pad_id)  # type: ignore[arg-type]
     objective = Preference(dpo, known)
-    batches = micro_batches(order, size, lambda rows: collate_pairs([pairs[i] for i in rows], tokenizer.pad_id, rows))
+    batches = micro_batches(order, size, lambda rows: collate_pairs([pairs[i] for i in rows], tokenizer.pad_id, rows),
+                            training.micro_batch_tokens)
     if config.loss.ref_model is None:
         check_first_loss(objective, batches(0)[0].to(device), training.bf16)
 
@@ -305,29 +316,22 @@ def align(config: DPOConfig, run: RunFolder, dpo: DPO, tokenizer: Tokenizer, pai
         dpo.ref_model.to(device)
 
 
-def reference_logps(dpo: DPO, pairs: Store[EncodedPair], order: Schedule, steps: int,
-                    pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The reference's log-probabilities (chosen, rejected) by pair index, NaN for pairs that no process visits.
-
-    Of several processes each runs its share of the pairs.
-    """
-    visits = torch.zeros(len(pairs))
+def visited(pairs: int, order: Schedule, steps: int) -> torch.Tensor:
+    """Which pairs the processes visit together in so many steps, (pairs,)."""
+    visits = torch.zeros(pairs)
     for step in range(min(steps, len(order))):
         visits[order.batch(step)] = 1
-    mine = distributed.total(visits).nonzero()[distributed.rank() :: distributed.size(), 0]
-    some = pairs_logps(dpo, dpo.ref_model, pairs, pad_id, progress="reference", rows=mine.numpy())  # type: ignore[arg-type]
-    chosen, rejected = (distributed.total(torch.zeros(len(pairs)).index_copy(0, mine, t)) for t in some)
-    return chosen.masked_fill(visits == 0, math.nan), rejected.masked_fill(visits == 0, math.nan)
+    return distributed.total(visits) > 0
 
 
 def check_first_loss(objective: Preference, batch: Any, bf16: bool) -> None:
-    """Policy and reference are equal, so the loss must be the one at four equal log-probabilities: ln 2 for DPO."""
+    """Policy and reference are equal, so the loss must be what it is for equal log-probabilities: ln 2 for DPO."""
     dpo = objective.dpo
-    zero, one = torch.zeros(1), torch.ones(1)
-    expected = float(dpo.pair_losses(zero, zero, zero, zero, one, one))
     dpo.policy_model.eval()
     with torch.no_grad(), autocast(batch.chosen.device, bf16):
         first = float(objective(batch)[0])
+        found = dpo.logps(dpo.policy_model, batch.chosen, batch.rejected, **pair_masks(batch))
+        expected = float(dpo.pair_losses(*found[:2], *found).mean())
     if not abs(first - expected) <= (0.05 if bf16 else 1e-3) * max(1.0, abs(expected)):
         raise Diverged(f"the first loss is {first:.4f} although policy and reference are equal, expected is {expected:.4f}: "
                        "the model gives different log-probabilities for the same tokens")

@@ -6,6 +6,7 @@ only for the `key` that it was written for, so a killed or changed run writes it
 """
 
 import array
+import hashlib
 import itertools
 import json
 import os
@@ -47,6 +48,13 @@ class Store(Sequence[R], Generic[R]):
         """Tokens of each row as its `length` counts them, compactly."""
         first, rest = self._row_parts[:, 0], self._row_parts[:, 1:]
         return array.array("I", (first if self.kind is EncodedExample else first + rest.max(1)).tobytes())
+
+    def digest(self) -> str:
+        """A hash of all rows."""
+        whole = hashlib.sha256(self._row_parts.tobytes())
+        for start, size in zip(self._starts.tolist(), self._row_parts.sum(1, dtype=np.int64).tolist(), strict=True):
+            whole.update(self._ids[start : start + size].astype(np.uint32).tobytes())
+        return whole.hexdigest()
 
     @overload
     def __getitem__(self, index: int) -> R: ...

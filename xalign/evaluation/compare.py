@@ -109,8 +109,8 @@ def quick(dpo: DPO, encoded: Sequence[EncodedPair], reference: tuple[torch.Tenso
           pad_id: int) -> dict[str, float]:
     """Held-out loss, accuracy and margin of the implicit reward, for the log during training."""
     policy = metrics.pairs_logps(dpo, dpo.policy_model, encoded, pad_id)  # type: ignore[arg-type]
-    ones = torch.ones(len(encoded))
-    loss = dpo.pair_losses(*policy, *reference, ones, ones)
+    chosen, rejected = (torch.tensor([float(len(getattr(pair, side))) for pair in encoded]) for side in ("chosen", "rejected"))
+    loss = dpo.pair_losses(*policy, *reference, chosen, rejected)
     win, lose = (dpo.beta * (a - b) for a, b in zip(policy, reference, strict=True))
     return {"eval/loss": float(loss.mean()), "eval/rewards/accuracies": float(np.mean(metrics.accuracies(policy, reference))),
             "eval/rewards/chosen": float(win.mean()), "eval/rewards/rejected": float(lose.mean()),

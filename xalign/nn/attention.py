@@ -57,7 +57,7 @@ class Context:
 
     bias: Tensor | None  # (b | 1, h | 1, n, m): bool, True = attend, or fp32 to add; None = everything, or causal
     causal: bool
-    rotation: tuple[Tensor, Tensor] | None  # cosines and sines, (b | 1, 1, n, rotary_dim / 2), fp32
+    rotation: tuple[Tensor, Tensor] | None  # cosines and signed sines, (b | 1, 1, n, rotary_dim), fp32
     cache: Cache | DecodeBuffer | None
 
 
@@ -81,6 +81,7 @@ class Attention(nn.Module):
                  qk_norm: bool, qkv_bias: bool, out_bias: bool, norm_eps: float):
         super().__init__()
         self.layer, self.dim_head, self.dropout, self.flash = layer, dim_head, dropout, flash
+        self.heads, self.kv_heads = heads, kv_heads
         self.to_q = Linear(dim, heads * dim_head, bias=qkv_bias)
         self.to_k = Linear(dim, kv_heads * dim_head, bias=qkv_bias)
         self.to_v = Linear(dim, kv_heads * dim_head, bias=qkv_bias)
@@ -92,14 +93,20 @@ class Attention(nn.Module):
         return [[self.to_q, self.to_k, self.to_v], [self.to_out]]
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        q, k, v = (t.unflatten(-1, (-1, self.dim_head)).transpose(1, 2)  # (b, n, h * e) -> (b, h, n, e)
-                   for t in products(x, (self.to_q, self.to_k, self.to_v)))
+        # (b, n, h * e) -> (b, h, n, e); while they are packed, queries and keys stay one tensor as long as they can
+        qkv = [t.unflatten(-1, (-1, self.dim_head)).transpose(1, 2)
+               for t in products(x, (self.to_q, self.to_k, self.to_v), apart=False)]
+        if len(qkv) == 1:
+            h, kv = self.heads, self.kv_heads
+            qkv = qkv[0].split_with_sizes((h + kv, kv) if self.q_norm is None else (h, kv, kv), 1)
+        *qk, v = qkv
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        cache, dtype = context.cache, q.dtype
+            qk = [self.q_norm(qk[0]), self.k_norm(qk[1])]
+        cache, dtype = context.cache, v.dtype
         if context.rotation is not None:
             turned = cache.dtype if isinstance(cache, DecodeBuffer) else dtype  # into an fp32 cache without rounding
-            q, k = rotate(q, context.rotation, turned), rotate(k, context.rotation, turned)
+            qk = [rotate(t, context.rotation, turned) for t in qk]
+        q, k = qk if len(qk) == 2 else qk[0].split_with_sizes((self.heads, self.kv_heads), 1)
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)
         if isinstance(cache, DecodeBuffer):

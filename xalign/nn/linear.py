@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from xalign.nn.products import linear
+
 
 class Call:
     """A product of packed weights, which lies in its layer; a copy of the layer has none."""
@@ -23,16 +25,17 @@ def product(x: Tensor, layer: nn.Module) -> Tensor:
     packed: Call | None = layer.__dict__.get("packed")
     if packed is None or _plain():
         weight: Any = layer.weight
-        return F.linear(x, weight, getattr(layer, "bias", None))
+        return linear(x, weight, getattr(layer, "bias", None))
     return packed.run(x)
 
 
-def products(x: Tensor, layers: Sequence[nn.Module]) -> Sequence[Tensor]:
-    """What each of the layers gives for x; in one product while they are packed."""
+def products(x: Tensor, layers: Sequence[nn.Module], apart: bool = True) -> Sequence[Tensor]:
+    """What each of the layers gives for x; in one product while they are packed, and if not `apart` as one tensor then."""
     joint: Call | None = layers[0].__dict__.get("joint")
     if joint is None or _plain():
         return [layer(x) for layer in layers]
-    return joint.run(x).split([layer.out_features for layer in layers], -1)
+    out, widths = joint.run(x), [layer.out_features for layer in layers]
+    return out.split(widths, -1) if apart else [out]
 
 
 def _plain() -> bool:

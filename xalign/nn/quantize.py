@@ -55,6 +55,11 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         # what would change nothing isn't called: a call costs a microsecond, and a small product takes ten
+        held: Any = self._buffers  # a buffer by its name costs another
+        few = not self.group and x.numel() <= FEW * self.in_features
+        if few and x.dtype == torch.bfloat16 and held["bias"] is None and x.is_cpu:
+            flat = x.reshape(-1, self.in_features).contiguous()
+            return torch._weight_int8pack_mm(flat, held["packed"], held["scales"]).view(*x.shape[:-1], self.out_features)
         flat = x.reshape(-1, self.in_features).contiguous()
         rows, flat = flat.shape[0], flat if flat.dtype == torch.bfloat16 else flat.to(torch.bfloat16)
         if self.group and rows <= 2 * self.in_features:

@@ -97,11 +97,13 @@ def magnitude(scaling: dict[str, Any] | None) -> float:
 
 
 def rotary_angles(positions: Tensor, dim: int, base: float, scaling: dict[str, Any] | None = None) -> tuple[Tensor, Tensor]:
-    """Cosines and sines (..., n, dim / 2) of RoPE (Su et al. 2021, arXiv 2104.09864, eq. 15), always fp32.
+    """Cosines and signed sines (..., n, dim) of RoPE (Su et al. 2021, arXiv 2104.09864, eq. 34), always fp32.
 
+    The sines of the first half are negative: those of the pair's first features, as `rotate` takes them.
     They come from Python numbers at every call and are no buffers, so that `model.bfloat16()` can't round them.
     """
-    angles = positions.float()[..., None] * frequencies(dim, base, scaling, positions.device)
+    each = frequencies(dim, base, scaling, positions.device)
+    angles = positions.float()[..., None] * torch.cat((-each, each))
     size = magnitude(scaling)
     return (angles.cos(), angles.sin()) if size == 1.0 else (angles.cos() * size, angles.sin() * size)
 
@@ -109,7 +111,7 @@ def rotary_angles(positions: Tensor, dim: int, base: float, scaling: dict[str, A
 def rotate(x: Tensor, rotation: tuple[Tensor, Tensor], dtype: torch.dtype) -> Tensor:
     """Turn the pairs (i, i + r / 2) of the first r features of `x` (b, h, n, e), in fp32; the rest passes through."""
     cos, sin = rotation
-    r = 2 * cos.shape[-1]
-    a, b = x[..., :r].float().chunk(2, -1)
-    turned = torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(dtype)
+    r = cos.shape[-1]
+    part = (x if r == x.shape[-1] else x[..., :r]).float()
+    turned = (part * cos).add_(part.roll(r // 2, -1).mul_(sin)).to(dtype)  # few operations: a step waits for their calls
     return turned if r == x.shape[-1] else torch.cat((turned, x[..., r:].to(dtype)), -1)

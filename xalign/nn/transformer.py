@@ -12,8 +12,10 @@ from torch.utils.checkpoint import checkpoint
 
 from xalign.errors import ConfigError, reject_unknown
 from xalign.nn.attention import Attention, Context, alibi_slopes
+from xalign.nn.branches import BranchContext, Branches, attend_branches
 from xalign.nn.cache import Cache, DecodeBuffer, Prefix
 from xalign.nn.linear import Linear, product, products
+from xalign.nn.products import target_logprobs
 from xalign.nn.rotary import check_scaling, rotary_angles
 
 # Initial standard deviations: of matrices 1 / sqrt(inputs), of the layers' last ones / sqrt(2 depth) more (Radford et
@@ -68,8 +70,14 @@ class Block(nn.Module):
         super().__init__()
         self.attn_norm, self.attn, self.ff_norm, self.ff, self.parallel = attn_norm, attn, ff_norm, ff, parallel
 
-    def forward(self, x: Tensor, context: Context) -> Tensor:
-        attended = x + self.attn(self.attn_norm(x), context)
+    def forward(self, x: Tensor, context: Context, unused: int = 0) -> Tensor:
+        """x (b, n, d) -> (b, n, d); the first `unused` positions are only attended to, and get no output."""
+        normed = self.attn_norm(x)
+        if isinstance(context, BranchContext):
+            attended, x = attend_branches(self.attn, normed, context, unused), x[:, unused:]
+        else:
+            attended = self.attn(normed, context)
+        attended = x + attended
         return attended + self.ff(self.ff_norm(x if self.parallel else attended))
 
 
@@ -167,6 +175,17 @@ class Decoder(nn.Module):
             allowed = self._bias(allowed, at, seen, windowed)
         return Context(allowed, False, self._rotation(at), buffer)
 
+    def branch_context(self, branches: Branches) -> BranchContext:
+        """The same for tokens (1, t) without padding."""
+        rotation, device = self._rotation(branches.positions[None]), branches.positions.device
+        # what begins at position 0: beginnings, or branches where there are none
+        first = self.context(torch.arange((branches.heads or branches.tails).width, device=device)[None], None, None)
+        if branches.heads is None:
+            return BranchContext(first.bias, first.causal, rotation, None, branches, first)
+        queries, keys, allowed = branches.seen()
+        bias = self._bias(allowed, queries, keys, self.window is not None and keys.shape[1] > self.window)
+        return BranchContext(bias, False, rotation, None, branches, first)
+
     def _rotation(self, positions: Tensor) -> tuple[Tensor, Tensor] | None:
         if self.rotary is None:
             return None
@@ -185,10 +204,12 @@ class Decoder(nn.Module):
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         for layer in self.layers:
+            # of the last layer nobody reads what the branches' common beginnings give
+            unused = context.branches.shared if isinstance(context, BranchContext) and layer is self.layers[-1] else 0
             if self.gradient_checkpointing and self.training and context.cache is None:
-                x = checkpoint(layer, x, context, use_reentrant=False)
+                x = checkpoint(layer, x, context, unused, use_reentrant=False)
             else:
-                x = layer(x, context)
+                x = layer(x, context, unused)
         return self.final_norm(x)
 
 
@@ -281,6 +302,32 @@ class TransformerWrapper(nn.Module):
         buffer.advance(live)
         return self.logits(x[:, 0])
 
+    def branch_logprobs(self, tokens: Tensor, begin: Tensor, end: Tensor, sides: int, rows: Tensor, columns: Tensor,
+                        targets: Tensor) -> Tensor:
+        """Log-probabilities (m,), nats, fp32, of the `targets` (m,) behind these `rows` and `columns` (m,) of tokens (b, n).
+
+        `Branches` says what begin, end (b,) and `sides` mean; columns are those of branches. No padding runs through
+        the layers, and never are more than `products.HELD` logits held. Raises `ValueError` as the model's call does.
+        """
+        branches = Branches(tokens, begin, end, sides)
+        self.check_ids(branches.tokens)
+        self.check_ids(targets)
+        layers = self.attn_layers
+        if layers.max_positions is not None:
+            self._check_length(int(end.max()), layers.max_positions, "dynamic RoPE goes up to its original length, {}")
+        x = self.token_emb(branches.tokens)
+        if self.pos_emb is not None:
+            self._check_length(int(end.max()), self.max_seq_len, "max_seq_len is {} and the positions are absolute")
+            x = x + self.pos_emb(branches.positions.clamp(max=self.max_seq_len - 1))  # further there is only padding
+        hidden = layers(self.emb_dropout(x)[None], layers.branch_context(branches))[0]
+        head: Any = self.token_emb if self.to_logits is None else self.to_logits
+        hidden = hidden.index_select(0, branches.places(rows, columns))
+        if isinstance(head, (Linear, nn.Embedding)):
+            return target_logprobs(hidden, head.weight, targets)
+        with torch.no_grad():  # quantised: its product with 1 is the weight
+            weight = head(torch.eye(hidden.shape[1], dtype=hidden.dtype, device=hidden.device)).t()
+        return target_logprobs(hidden, weight, targets)
+
     def logits(self, hidden: Tensor) -> Tensor:
         """The head: final hidden states (..., d) -> logits (..., v)."""
         return product(hidden, self.token_emb) if self.to_logits is None else self.to_logits(hidden)
@@ -308,5 +355,9 @@ class TransformerWrapper(nn.Module):
     def _check_positions(positions: Tensor, mask: Tensor | None, limit: int, why: str) -> None:
         # only padding can make more slots than positions, and only then is the device asked
         n = positions.shape[1] if mask is None or positions.shape[1] <= limit else int(positions.max()) + 1
+        TransformerWrapper._check_length(n, limit, why)
+
+    @staticmethod
+    def _check_length(n: int, limit: int, why: str) -> None:
         if n > limit:
             raise ValueError(f"{n} tokens, but {why.format(limit)}")

@@ -1,0 +1,97 @@
+"""LoRA adapters in a folder as peft has it: adapter_config.json, and adapter_model.safetensors with Hugging Face's names."""
+
+import json
+import math
+import os
+import re
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import nn
+
+from xalign.checkpoint import _network, _NoDraws, atomic_folder
+from xalign.disk import write_atomically
+from xalign.errors import CheckpointError
+from xalign.hf import to_hf
+from xalign.nn.lora import load_lora, lora_state_dict
+from xalign.nn.transformer import Decoder, TransformerWrapper
+from xalign.tokenizer_base import read_json
+from xalign.weights import _Reader
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX, PARTS = "base_model.model.", {"A.weight": "lora_a", "B.weight": "lora_b"}
+# Fields that are read here, and those that say no more than the tensors do. Any other one that is on is refused: it changes
+# what is computed; so do ways to begin that change the base.
+KNOWN = {"task_type", "base_model_name_or_path", "inference_mode", "r", "lora_alpha", "lora_dropout", "use_rslora", "revision",
+         "target_modules", "exclude_modules", "rank_pattern", "alpha_pattern", "layers_to_transform", "layers_pattern",
+         "fan_in_fan_out", "auto_mapping", "peft_version", "megatron_core", "qalora_group_size"}
+ALLOWED = {"peft_type": ("LORA",), "bias": ("none",), "init_lora_weights": (True, "gaussian", "orthogonal", "eva")}
+
+
+def save_adapter(model: nn.Module, path: str | os.PathLike, base: str | None = None) -> None:
+    """Write a model's adapters, whole or not at all; `base` is where the model without them is, a folder or the hub's name.
+
+    Raises `ConfigError` for a model without adapters, `CheckpointError` where the folder can't be written, and for layers that
+    share a tensor with others in the model's Hugging Face folder (GPT-2's and NeoX's queries, keys and values).
+    """
+    names, state = _names(model), lora_state_dict(model)
+    layers = {name.removesuffix(".scale"): float(scale) for name, scale in state.items() if name.endswith(".scale")}
+    if fused := layers.keys() - names.keys():
+        raise CheckpointError(f"{min(fused)} shares its tensor in a Hugging Face folder with others, and its adapter has no "
+                              "place there: allowed are adapters of other layers, or to merge")
+    ranks = {names[layer]: len(state[f"{layer}.lora_a"]) for layer in layers}
+    alphas = {names[layer]: scale * ranks[names[layer]] for layer, scale in layers.items()}
+    rank, alpha = (next(iter(of.values())) for of in (ranks, alphas))
+    ends = {name.rpartition(".")[2] for name in ranks}
+    all_of_them = {name for name in names.values() if name.rpartition(".")[2] in ends} == ranks.keys()
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "inference_mode": True, "r": rank,
+              "lora_alpha": alpha, "target_modules": sorted(ends if all_of_them else ranks), "bias": "none",
+              "rank_pattern": {name: r for name, r in ranks.items() if r != rank},
+              "alpha_pattern": {name: a for name, a in alphas.items() if a != alpha}}
+    tensors = {f"{PREFIX}{names[layer]}.lora_{theirs}": state[f"{layer}.{ours}"].contiguous()
+               for layer in layers for theirs, ours in PARTS.items()}
+    with atomic_folder(path) as folder:
+        write_atomically(folder / CONFIG, json.dumps(config, indent=2) + "\n")
+        try:
+            save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+        except SafetensorError as error:  # its way to say that the disk is full
+            raise CheckpointError(f"{path} can't be written ({error})") from error
+        (folder / WEIGHTS).chmod((folder / CONFIG).stat().st_mode)  # safetensors lets only the owner read
+
+
+def load_adapter(model: nn.Module, path: str | os.PathLike) -> None:
+    """Put a folder's adapters, ours or peft's, on a model, quantised or not, or in the place of those that it has.
+
+    Raises `CheckpointError` for a damaged folder and for adapters that are more than W x + s B A x, `ConfigError` for those of
+    another model.
+    """
+    file, config = Path(path) / WEIGHTS, read_json(Path(path) / CONFIG)
+    if not config:
+        raise CheckpointError(f"{path}: no {CONFIG} there, allowed is a folder of save_adapter or of peft")
+    for field, value in {"peft_type": "none", **config}.items():
+        if value and field not in KNOWN and value not in (allowed := ALLOWED.get(field, (None,))):
+            raise CheckpointError(f"{Path(path) / CONFIG}: {field} is {value!r}, allowed is {allowed[0]!r}")
+    ours, reader, state = {theirs: name for name, theirs in _names(model).items()}, _Reader(), {}
+    for name in reader.names(file):
+        layer, _, side = name.removeprefix(PREFIX).rpartition(".lora_")
+        if layer not in ours or side not in PARTS:
+            raise CheckpointError(f"{file}: {name} belongs to no layer of this model, allowed are lora_A and lora_B of its own")
+        tensor = reader.get(file, name)
+        state[f"{ours[layer]}.{PARTS[side]}"] = tensor.clone()  # it is the mapped file
+        if side == "A.weight":
+            alphas = [a for key, a in config.get("alpha_pattern", {}).items() if re.match(rf"(.*\.)?({key})$", layer)]
+            alpha, rank = (alphas or [config.get("lora_alpha", 8)])[0], len(tensor)
+            scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+            state[f"{ours[layer]}.scale"] = torch.tensor(scale, dtype=torch.float64)
+    load_lora(model, state)
+
+
+def _names(model: nn.Module) -> dict[str, str]:
+    """Those layers of a model's network that are a module of their own in its Hugging Face folder, with their name there."""
+    network = _network(model)
+    with _NoDraws(), torch.device("meta"):  # the names are those of a model without adapters
+        plain = TransformerWrapper(**network.config, attn_layers=Decoder(**network.attn_layers.config))
+    entries = [entry for entry in to_hf(plain)[1].entries if len(entry.ours) == 1]
+    return {entry.ours[0].removesuffix(".weight"): entry.file.removesuffix(".weight") for entry in entries}

@@ -1,0 +1,119 @@
+"""The matrix products of training: y = x W^T with its gradients, and a head's log-probabilities without all logits.
+
+On a CPU fp32 products go to oneDNN, forward and backward: where MKL runs its slow path (AMD), that is 2 to 2.5 times as fast
+(docs/log.md), and elsewhere no slower. Everything else is torch's own.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+SMALL = 1 << 20  # multiplications up to which torch's own product takes less time
+HELD = 1 << 27  # logits that are held at once
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x (..., i) times weight (o, i), plus bias (o,): (..., o); as `F.linear`."""
+    if weight.dtype != torch.float32 or x.dtype != torch.float32 or x.numel() * len(weight) < SMALL or not _onednn(x):
+        return F.linear(x, weight, bias)
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)):
+        return _Linear.apply(x, weight, bias)
+    return _product(x, weight, bias)
+
+
+def _onednn(x: Tensor) -> bool:
+    return (x.device.type == "cpu" and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+            and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling())
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _product(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        dx = _product(grad, weight.t()) if ctx.needs_input_grad[0] else None
+        flat = grad.flatten(0, -2)
+        dw = _product(flat.t(), x.flatten(0, -2).t()) if ctx.needs_input_grad[1] else None
+        return dx, dw, flat.sum(0) if ctx.needs_input_grad[2] else None
+
+
+def target_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None, held: int = HELD) -> Tensor:
+    """log softmax(W h)[target] of each row, nats, fp32: hidden (m, d), weight (v, d), targets (m,) -> (m,).
+
+    No more than `held` logits lie in memory at a time: the last rows' are kept for the backward pass, and those before, where
+    there are so many, computed once more. Under autocast products are in its dtype; log-sum-exp and gradients' sums are fp32.
+    """
+    if torch.is_autocast_enabled(hidden.device.type):
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+    hidden = hidden.to(weight.dtype)
+    with torch.autocast(hidden.device.type, enabled=False):
+        return _TargetLogprobs.apply(hidden, weight, targets, bias, max(1, held // weight.shape[0]))
+
+
+class _TargetLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, size: int) -> Tensor:
+        out, sums, logits = [], [], None
+        for h, t in zip(hidden.split(size), targets.split(size), strict=True):
+            logits = linear(h, weight, bias)
+            chosen, whole = logits.gather(1, t[:, None])[:, 0].float(), _logsumexp(logits)
+            out.append(chosen - whole)
+            sums.append(whole)
+        ctx.size = size
+        ctx.save_for_backward(hidden, weight, targets, bias, torch.cat(sums) if sums else hidden.new_zeros(0))
+        # no output and no input: kept by hand, for one backward pass, which writes into it
+        ctx.logits = logits if any(ctx.needs_input_grad) else None
+        return torch.cat(out) if out else hidden.new_zeros(0, dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, targets, bias, sums = ctx.saved_tensors
+        dh = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        dw = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        db = torch.zeros_like(bias, dtype=torch.float32) if ctx.needs_input_grad[3] else None
+        starts = range(0, len(hidden), ctx.size)
+        for start in reversed(starts):
+            rows = slice(start, start + ctx.size)
+            h, g, t = hidden[rows], grad[rows, None], targets[rows, None]
+            logits, ctx.logits = ctx.logits, None
+            if logits is None:
+                logits = linear(h, weight, bias)
+            # d logp / d logits = onehot - softmax, times what comes from above; in place
+            d = _softmax_(logits, sums[rows], g)
+            d.scatter_add_(1, t, g.to(d.dtype))
+            if dh is not None:
+                dh[rows] = _times(d, weight)
+            if dw is not None:
+                part = _times(d.t(), h)
+                dw = part.float() if len(starts) == 1 else dw.add_(part)
+            if db is not None:
+                db += d.sum(0)
+        return dh, None if dw is None else dw.to(weight.dtype), None, None if db is None else db.to(bias.dtype), None
+
+
+def _logsumexp(logits: Tensor) -> Tensor:
+    """In fp32, a few rows at a time: a copy of all logits in fp32 would be as large as they are."""
+    return torch.cat([part.float().logsumexp(-1) for part in logits.split(max(1, (1 << 22) // logits.shape[1]))])
+
+
+def _softmax_(logits: Tensor, sums: Tensor, grad: Tensor) -> Tensor:
+    """-grad * exp(logits - sums), written over the logits."""
+    for part, whole, g in zip(*(x.split(16) for x in (logits, sums[:, None], grad)), strict=True):  # so that they stay in cache
+        part.copy_((part.float() - whole).exp_().mul_(-g))
+    return logits
+
+
+def _times(a: Tensor, b: Tensor) -> Tensor:
+    """a (m, k) @ b (k, n)."""
+    return _product(a, b.t()) if a.dtype == torch.float32 and _onednn(a) else a @ b
