@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install -q --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-slow lint bench bench-decode clean
+.PHONY: demo test test-slow lint bench bench-decode bench-train clean
 
 demo: $(VENV)/.installed
 	$(RUN) train_dpo.py --config data/demo.json --output-dir runs/demo $(ARGS)
@@ -19,11 +19,13 @@ lint: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
 
-bench: $(VENV)/.installed-dev
-	$(RUN) benchmarks/bench.py $(ARGS)
+bench: bench-decode bench-train
 
 bench-decode: $(VENV)/.installed-dev
 	$(RUN) benchmarks/decode.py $(ARGS)
+
+bench-train: $(VENV)/.installed-dev
+	$(RUN) benchmarks/train.py $(ARGS)
 
 $(VENV)/.installed: setup.py constraints.txt
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)

@@ -1,4 +1,4 @@
-"""`make bench-decode` on models so small that its figures mean nothing: it runs, and what it says about figures is right."""
+"""`make bench` on models so small that its figures mean nothing: it runs, and what it says about figures is right."""
 
 import argparse
 import itertools
@@ -27,11 +27,16 @@ def bench(monkeypatch):
     import gpu
     import latency
     import throughput
+    import train
+    import train_models
 
     monkeypatch.setattr(clock, "NUMBERS", {"cpu": 2**16})
     monkeypatch.setattr(clock, "ceilings", lambda device="cpu": {"read, GB/s": 50.0, "mm fp32, GFLOP/s": 200.0})
+    monkeypatch.setattr(train, "ceilings", lambda options: {"linear fp32, GFLOP/s": 400.0, "mm fp32, GFLOP/s": 200.0,
+                                                            "mm bf16, GFLOP/s": 900.0})
     threads = torch.get_num_threads()
-    yield argparse.Namespace(clock=clock, decode=decode, gpu=gpu, latency=latency, throughput=throughput)
+    yield argparse.Namespace(clock=clock, decode=decode, gpu=gpu, latency=latency, throughput=throughput, train=train,
+                             train_models=train_models)
     torch.set_num_threads(threads)
     for name in names & sys.modules.keys():
         del sys.modules[name]
@@ -137,3 +142,73 @@ def test_the_least_that_a_step_reads(bench):
     assert bench.clock.least_bytes(net, 3, 10.0) == weights + 3 * 10 * 2 * 2 * 4 * 8 * 4
     tied = tiny_ar(tie_embedding=True).net
     assert bench.clock.least_bytes(tied, 0, 0.0) == sum(p.nbytes for p in tied.parameters())
+
+
+# ---- bench-train
+
+TINY = ["train.py", "--depth", "1", "--vocab", "640", "--shapes", "24,8", "8,12", "--repeats", "1", "--threads", "1"]
+
+
+def test_the_sections_of_training(bench, tmp_path, monkeypatch, capsys):
+    """All engines take the same step, or the run ends; what is measured is in the table, in the file and in the picture."""
+    pytest.importorskip("trl")
+    monkeypatch.setattr(sys, "argv", [*TINY, "--results", str(tmp_path), "--only", "long-prompts", "hh", "bf16", "economies"])
+    bench.train.main()
+    out = capsys.readouterr().out
+    found = json.loads((tmp_path / "train.json").read_text())["sections"]
+    rows = {row["engine"]: row for row in found["long-prompts"]["rows"]}
+    assert rows.keys() == {"plain", "x-transformers", "TRL", "TRL, head compacted", "xalign", "xalign, reference in the step"}
+    assert all(row["loss"] == pytest.approx(rows["plain"]["loss"], abs=1e-4) for row in rows.values())
+    assert rows["xalign"]["ratio"] == 1 and rows["plain"]["ratio"] == pytest.approx(rows["plain"]["s"] / rows["xalign"]["s"])
+    flops = bench.train_models.least_flops(bench.train_models.Models(640, 1).policy.config, [(24, 8, 8)] * 8)
+    assert rows["TRL"]["U"] == pytest.approx(3 * flops / (400e9 * rows["TRL"]["s"]))
+    assert "2.0x as fast as torch.mm's" in out and "| 24, 8 | xalign | " in out
+    half = {row["engine"]: row for row in found["bf16"]["rows"] if row["case"].startswith("8, 12")}
+    assert half["xalign"]["asked"] == 1.8 and half["xalign bf16"]["ratio"] == 1
+    assert half["xalign bf16"]["U"] == pytest.approx(half["xalign bf16"]["rate"] / 900e9)
+    assert half["xalign bf16"]["loss"] != half["xalign"]["loss"] and len(found["economies"]["rows"]) == 12
+    assert "\n## hh\n" in out and len(found["hh"]["rows"]) == (5 if bench.train_models.HH.exists() else 0)
+    assert (tmp_path / "train.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_memory_is_that_of_a_process_of_its_own(bench, capsys):
+    pytest.importorskip("trl")
+    options = argparse.Namespace(vocabularies=[8_000, 16_000], depth=1, shapes=[(16, 8)], threads=1)
+    section = bench.train.memory(bench.train_models.Models(640, 1), options)
+    bench.train.show_memory(section)
+    weights = 4 * (2 * 16_000 * 512 + 4 * 512**2 + 3 * 512 * 1376)
+    assert all(4 * weights < row["bytes"] < 40 * weights for row in section["rows"] if row["v"] == 16_000)
+    assert "| 16k | TRL | " in capsys.readouterr().out
+
+
+def test_another_loss_or_gradient_ends_the_run(bench):
+    bench.train.check("a peer", (0.6931, 33.0), (0.69315, 33.01), 1e-4, 1e-3)
+    for got in ((0.6933, 33.0), (0.6931, 33.1), (math.nan, 33.0), (0.6931, math.nan)):
+        with pytest.raises(SystemExit, match="a peer: loss"):
+            bench.train.check("a peer", got, (0.6931, 33.0), 1e-4, 1e-3)
+
+
+def test_the_least_that_a_step_multiplies(bench):
+    """Position by position: projections, feed-forward, scores and sums of all that is seen, and the head."""
+    config = argparse.Namespace(hidden_size=6, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1,
+                                intermediate_size=5, vocab_size=11)
+    p, c, r = 4, 3, 2
+    expected = 0
+    for layer in range(3):
+        for begin, count in ((0, p), (p, c), (p, r)):
+            for i in range(count):
+                expected += 2 * 2 * 6 * 3  # keys and values of one head, three wide
+                if layer < 2 or begin:
+                    expected += 2 * (2 * 6 * 6 + 3 * 6 * 5) + 2 * 2 * 6 * (begin + i + 1)
+    expected += 2 * 6 * 11 * (c + r)
+    assert bench.train_models.least_flops(config, [(p, c, r), (p, c, r)]) == 2 * expected
+
+
+def test_real_lengths_are_those_of_an_epoch(bench):
+    if not bench.train_models.HH.exists():
+        pytest.skip("no ../shared")
+    rows = bench.train_models.real_lengths(5)
+    tokens = [sum(sum(one) for one in row) for row in rows]
+    assert [len(row) for row in rows] == [8] * 5 and tokens == sorted(tokens) and 3 * tokens[0] < tokens[-1]
+    assert all(p + max(c, r) <= 512 for row in rows for p, c, r in row)

@@ -23,6 +23,7 @@ from xalign.objectives import SFT, Preference
 from xalign.runs import METRICS, RunFolder, read_jsonl
 from xalign.stages import micro_batches
 from xalign.training import LoopOptions, train
+from xalign.watch import TIMED
 
 ROOT = Path(__file__).resolve().parent.parent
 draw = random.Random(1)
@@ -114,7 +115,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
 
 
 def log(folder: Path) -> list[dict]:
-    return [{k: v for k, v in r.items() if k != "seconds"} for r in read_jsonl(folder / METRICS)]
+    return [{k: v for k, v in r.items() if k not in TIMED} for r in read_jsonl(folder / METRICS)]
 
 
 def assert_near(ours: Path, theirs: Path, weights: float = 1e-4) -> None:

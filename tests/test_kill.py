@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from xalign.checkpoint import load_pretrained, load_state
+from xalign.watch import TIMED
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parent.parent
@@ -65,7 +66,7 @@ def undisturbed(toy) -> Path:
 
 
 def without_seconds(path: Path) -> list[dict]:
-    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in path.read_text().splitlines()]
+    return [{k: v for k, v in json.loads(line).items() if k not in TIMED} for line in path.read_text().splitlines()]
 
 
 def assert_same(run: Path, whole: Path) -> None:
@@ -75,7 +76,7 @@ def assert_same(run: Path, whole: Path) -> None:
                  "checkpoint-12/model.safetensors", "config.json"):
         assert (run / file).read_bytes() == (whole / file).read_bytes(), file
     ours, theirs = (json.loads((r / "evaluation.json").read_text()) for r in (run, whole))
-    assert {k: v for k, v in ours.items() if k != "seconds"} == {k: v for k, v in theirs.items() if k != "seconds"}
+    assert {k: v for k, v in ours.items() if k not in TIMED} == {k: v for k, v in theirs.items() if k not in TIMED}
     names = {str(p.relative_to(run)) for p in run.rglob("*")}
     assert names == {str(p.relative_to(whole)) for p in whole.rglob("*")}, "something half-written stayed"
 

@@ -40,6 +40,7 @@ from xalign.data.store import Store, open_store, write_store
 from xalign.disk import writing
 from xalign.errors import ConfigError, DataError
 from xalign.tokenizers import Tokenizer
+from xalign.watch import truncated, warn
 
 T = TypeVar("T", PreferencePair, Example)
 R = TypeVar("R", EncodedPair, EncodedExample)
@@ -213,6 +214,7 @@ def in_memory(encode: Callable[..., Iterator[R]], records: Iterable[Any], tokeni
     report = TruncationReport()
     encoded = list(encode(records, tokenizer, max_length, mode, report))
     say(f"{title}: {report}")
+    warn(truncated(report))
     return encoded
 
 
@@ -230,6 +232,7 @@ def on_disk(folder: Path, kind: type[R], encode: Callable[..., Iterator[R]], sou
             report = TruncationReport()
             rows = encode(shown(source(), f"encode {title}", count), tokenizer, max_length, mode, report)
             write_store(folder, key, kind, rows, max(tokenizer.vocab_size, max_length + 1), lambda: str(report))
+            warn(truncated(report))
 
     distributed.once(make)
     found = open_store(folder, key, kind)

@@ -211,7 +211,7 @@ def imitate(model: TransformerWrapper, tokenizer: Tokenizer, examples: Store[Enc
 def sft_loop(options: SFTOptions, training: TrainingOptions, run: RunOptions) -> LoopOptions:
     """The imitation stage of a preference run: its own rate, the run's precision, seed and logging."""
     return loop_options(training, run, learning_rate=options.sft_learning_rate, warmup_steps=options.sft_warmup_steps,
-                        lr_scheduler_type="cosine", eval_steps=4 * run.eval_steps, save_steps=4 * run.save_steps)
+                        lr_scheduler_type="cosine", eval_steps=4 * run.eval_steps, save_steps=4 * run.save_steps, profile=False)
 
 
 def prompt_text(prompt: Text) -> str:

@@ -14,6 +14,7 @@ import torch.nn as nn
 from xalign import distributed
 from xalign.checkpoint import load_pretrained, save_pretrained
 from xalign.config import DPOConfig, SFTConfig, flatten
+from xalign.data.chat_template import render_prompt
 from xalign.data.collate import EncodedExample, EncodedPair, Schedule, collate_pairs, encode_pair
 from xalign.data.records import Example, PreferencePair
 from xalign.data.store import Store
@@ -58,9 +59,10 @@ from xalign.stages import (
 )
 from xalign.tokenizers import Tokenizer
 from xalign.training import autocast, train
+from xalign.watch import missing_end, sampled_kl, warn
 
 # settings that may differ when a run is resumed: they change nothing in what is computed
-VOLATILE = ("resume", "overwrite", "dry_run", "report_to", "output_dir", "reference_cache")
+VOLATILE = ("profile", "resume", "overwrite", "dry_run", "report_to", "output_dir", "reference_cache")
 
 
 def claim(config: Any, program: str) -> RunFolder:
@@ -283,6 +285,8 @@ def align(config: DPOConfig, run: RunFolder, dpo: DPO, tokenizer: Tokenizer, pai
     order = Schedule(pairs.lengths, size * training.gradient_accumulation_steps, training.seed, rank=distributed.rank(),
                      world_size=distributed.size())
     steps = count_steps(len(order), training.num_train_epochs, training.max_steps)
+    if held_out:
+        warn(missing_end(pairs, render_prompt(tokenizer, held_out[0].prompt).stops))
     known = eval_known = None
     with autocast(device, training.bf16):
         if dpo.compares and config.loss.precompute_ref_log_probs:
@@ -301,13 +305,16 @@ def align(config: DPOConfig, run: RunFolder, dpo: DPO, tokenizer: Tokenizer, pai
 
     def evaluate(step: int) -> dict[str, float]:
         prompts = [p.prompt for p in held_out[:4]]
-        for prompt, row in zip(prompts, sample(policy, tokenizer, prompts, 1, config.evaluation.eval_max_new_tokens, step),
-                               strict=True):
-            run.log(SAMPLES, {"step": step, "prompt": prompt_text(prompt), "completion": row[0].text})
+        texts = [row[0] for row in sample(policy, tokenizer, prompts, 1, config.evaluation.eval_max_new_tokens, step)]
+        for prompt, text in zip(prompts, texts, strict=True):
+            run.log(SAMPLES, {"step": step, "prompt": prompt_text(prompt), "completion": text.text})
         if eval_known is None:
             return {}
+        drawn = [(render_prompt(tokenizer, p).ids, list(t.token_ids)) for p, t in zip(prompts, texts, strict=True)]
+        with autocast(device, training.bf16), dpo.reference() as reference:
+            kl = sampled_kl(policy, reference, drawn)  # type: ignore[arg-type]
         with autocast(device, training.bf16):
-            return quick(dpo, eval_pairs, eval_known, tokenizer.pad_id)
+            return kl | quick(dpo, eval_pairs, eval_known, tokenizer.pad_id)
 
     if known is not None and dpo.ref_model is not None:
         dpo.ref_model.to("cpu")  # all that training asks of it is known; its room on a GPU is worth a larger batch

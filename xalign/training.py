@@ -1,6 +1,7 @@
 """The one training loop: accumulation with global means, clipping, logging, evaluation, checkpoints, exact resume."""
 
 import contextlib
+import math
 import signal
 import sys
 import time
@@ -16,8 +17,11 @@ from xalign import distributed
 from xalign.errors import Diverged, Interrupted
 from xalign.objectives import Objective
 from xalign.optim import adamw, schedule
-from xalign.runs import METRICS, RunFolder
+from xalign.runs import METRICS, RunFolder, read_jsonl
 from xalign.tokenizers import Tokenizer
+from xalign.watch import Pace, Profile, Watch, peak_flops, warn
+
+MOST_SKIPPED = 20  # steps in a row: after so many, with weights and data as they are, no other will succeed
 
 
 @dataclass(frozen=True)
@@ -32,10 +36,12 @@ class LoopOptions:
     adam_beta2: float = 0.95
     adam_epsilon: float = 1e-8
     max_grad_norm: float = 1.0
+    on_nan: str = "stop"
     bf16: bool = False
     logging_steps: int = 10
     eval_steps: int = 0
     save_steps: int = 0
+    profile: bool = False
     seed: int = 0
 
 
@@ -89,12 +95,13 @@ def train(model: nn.Module, objective: Objective, batches: Callable[[int], Seque
     `batches(step)` gives this process's micro-batches of a step and depends on nothing but `step`. Losses are averaged
     over the step's tokens or pairs together, however they are split over micro-batches and processes; all processes take
     the same step, to the bit. `evaluate(step)` gives metrics for the log; rank 0 evaluates while the others wait.
-    Raises `Diverged` at a loss or gradient that is not finite, `Interrupted` after a signal, once all is saved.
+    Raises `Diverged` at a loss or gradient that is not finite (with `on_nan` "skip" such a step leaves weights and optimizer
+    alone, and only `MOST_SKIPPED` in a row raise), `Interrupted` after a signal, once all is saved.
     """
     device = next(model.parameters()).device
     rank = distributed.rank()
     torch.manual_seed(options.seed + 1_000_003 * rank)  # dropout draws of its own on each
-    restored, first, window = run.restore(), 0, Window()
+    restored, first, window, skipped, in_row = run.restore(), 0, Window(), 0, 0
     if restored is not None:
         model.load_state_dict(restored[0].state_dict())
     optimizer = adamw(model, options.learning_rate, options.weight_decay, (options.adam_beta1, options.adam_beta2),
@@ -105,7 +112,7 @@ def train(model: nn.Module, objective: Objective, batches: Callable[[int], Seque
         torch.set_rng_state(state["rng"][rank].clone())
         if device.type == "cuda" and "cuda_rng" in state:
             torch.cuda.set_rng_state(state["cuda_rng"][rank].clone(), device)
-        first, window = state["step"], Window(state["window"])
+        first, window, (skipped, in_row) = state["step"], Window(state["window"]), state["skipped"]
         print(f"{title}: resumed after step {first} of {total_steps}", file=sys.stderr)
     run.rewind(first if restored is not None else -1)
     distributed.check_same_weights(model, f"before step {first + 1}")
@@ -113,7 +120,7 @@ def train(model: nn.Module, objective: Objective, batches: Callable[[int], Seque
     def save(step: int) -> str:
         distributed.check_same_weights(model, f"after step {step}")
         state = {"step": step, "optimizer": optimizer.state_dict(), "window": window.sums,
-                 "rng": distributed.gathered(torch.get_rng_state())}
+                 "skipped": (skipped, in_row), "rng": distributed.gathered(torch.get_rng_state())}
         if device.type == "cuda":
             state["cuda_rng"] = distributed.gathered(torch.cuda.get_rng_state(device))
         return str(run.save(step, model, tokenizer, state))
@@ -121,25 +128,33 @@ def train(model: nn.Module, objective: Objective, batches: Callable[[int], Seque
     def log(step: int, values: dict[str, float]) -> None:
         run.log(METRICS, {"step": step, "epoch": round(step / steps_per_epoch, 4), **values}, f"{title}/")
 
+    [peak] = distributed.totals([peak_flops(model, options.bf16) if options.profile else 0.0])
+    pace, profile = Pace(model, peak), Profile(run.path / "profile.json", device.type)
+    lines = run.path / METRICS
+    watch = Watch(title, total_steps, read_jsonl(lines) if lines.exists() else ())
     evaluate = None if rank else evaluate
     if first == 0 and evaluate is not None and options.eval_steps:
         log(0, evaluate(0))
     saved, started = "", time.perf_counter()
     bar = tqdm(total=total_steps, initial=first, desc=title, unit="step", mininterval=1 if sys.stderr.isatty() else 15)
-    with postponed_signals() as signals, contextlib.closing(bar):
+    with postponed_signals() as signals, contextlib.closing(bar), contextlib.closing(profile):
         for step in range(first, total_steps):
+            began = time.perf_counter()
             factor = schedule(step, total=total_steps, warmup=options.warmup_steps, kind=options.lr_scheduler_type)
             for group in optimizer.param_groups:
                 group["lr"] = options.learning_rate * factor
-            micro = [batch.to(device) for batch in batches(step)]
+            parts = batches(step)
+            own = pace.work([row for batch in parts for row in objective.lengths(batch)])
+            micro = [batch.to(device) for batch in parts]
             weights = [objective.weight(batch) for batch in micro]
-            [whole] = distributed.totals([sum(weights)])
+            counted = sum(objective.tokens(batch) for batch in micro)
+            whole, tokens, run_tokens, flops = distributed.totals([sum(weights), counted, *own])
             model.train()
             values: dict[str, float] = {}
             for batch, weight in zip(micro, weights, strict=True):
                 share = weight / max(1, whole)
                 with autocast(device, options.bf16):
-                    loss, metrics = objective(batch)
+                    loss, metrics = objective(batch, tokens / max(1, whole))
                 (loss * share).backward()
                 for key, value in {"loss": loss.detach(), **metrics}.items():
                     values[key] = values.get(key, 0.0) + share * float(value)
@@ -147,20 +162,34 @@ def train(model: nn.Module, objective: Objective, batches: Callable[[int], Seque
             values = dict(zip(values, distributed.totals(list(values.values())), strict=True))
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), options.max_grad_norm or float("inf"))
             values["grad_norm"] = float(norm)
-            if not all(abs(values[key]) < float("inf") for key in ("loss", "grad_norm")):
-                good = saved or next((str(p) for p in run.checkpoints()), "none yet")
-                raise Diverged(f"step {step + 1}: loss is {values['loss']}, gradient norm {values['grad_norm']}; nothing was "
-                               f"updated, the last good checkpoint is {good}; try a lower --learning-rate")
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            window.add(values, whole)
             done = step + 1
             last = done == total_steps
+            if all(math.isfinite(values[key]) for key in ("loss", "grad_norm")):
+                optimizer.step()
+                window.add(values, whole)
+                in_row = 0
+            else:
+                skipped, in_row = skipped + 1, in_row + 1
+                found = f"step {done}: loss is {values['loss']}, gradient norm {values['grad_norm']}"
+                if options.on_nan == "stop" or in_row == MOST_SKIPPED:
+                    good = saved or next((str(p) for p in run.checkpoints()), "none yet")
+                    before = f", as in the {in_row - 1} steps before" * (in_row > 1)
+                    raise Diverged(f"{found}{before}; nothing was updated, the last good checkpoint is {good}; try a lower "
+                                   "--learning-rate")
+                if skipped == 1:
+                    warn(f"{title}, {found}: the step is skipped, others like it are counted in the log")
+            optimizer.zero_grad(set_to_none=True)
+            pace.add(run_tokens, flops, time.perf_counter() - began)
+            if options.profile and not rank:
+                profile.note(done - first, last, pace)
             if (options.logging_steps and done % options.logging_steps == 0) or last:
                 means = window.means()
-                log(done, {**means, "learning_rate": options.learning_rate * factor,
-                           "seconds": round(time.perf_counter() - started, 2)})
-                bar.set_postfix_str(f"loss {means['loss']:.3f}")
+                line = {**means, **({"skipped": skipped} if options.on_nan == "skip" else {}),
+                        "learning_rate": options.learning_rate * factor, **pace.take(),
+                        "seconds": round(time.perf_counter() - started, 2)}
+                log(done, line)
+                watch.note({"step": done, **line})
+                bar.set_postfix_str(f"loss {means.get('loss', math.nan):.3f}")
             if evaluate is not None and options.eval_steps and (done % options.eval_steps == 0 or last):
                 log(done, evaluate(done))
             [stop] = distributed.totals([len(signals)])  # a signal to one process stops all after the same step
