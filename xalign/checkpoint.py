@@ -119,6 +119,10 @@ def _network(model: nn.Module) -> TransformerWrapper:
     network = unwrap(model.policy_model if isinstance(model, DPO) else model)
     if not isinstance(network, TransformerWrapper):
         raise CheckpointError(f"{type(network).__name__} can't be saved, allowed is a TransformerWrapper or a wrapper of one")
+    return network
+
+
+def _whole(network: TransformerWrapper) -> TransformerWrapper:
     if has_lora(network):
         raise CheckpointError("a model with LoRA adapters can't be saved whole, allowed is xalign.nn.lora.merge(model) before, "
                               "or xalign.adapters.save_adapter(model, folder)")
@@ -134,7 +138,7 @@ def save_pretrained(model: nn.Module, path: str | os.PathLike, tokenizer: Tokeni
     Raises `CheckpointError` for a folder that holds something else than a checkpoint or can't be written (a full disk, say),
     `ConfigError` for another `max_shard_size`.
     """
-    network, room = _network(model), shard_bytes(max_shard_size)
+    network, room = _whole(_network(model)), shard_bytes(max_shard_size)
     with atomic_folder(path) as folder:
         config, layout = hf.to_hf(network, tokenizer)
         write_atomically(folder / CONFIG, json.dumps(config, indent=2) + "\n")

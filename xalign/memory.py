@@ -27,6 +27,7 @@ import torch
 from torch import nn
 
 from xalign.evaluation.metrics import SCORED_LOGITS
+from xalign.nn.products import HELD
 from xalign.nn.transformer import TransformerWrapper
 
 PROGRAM = {"cpu": 400_000_000, "cuda": 1_000_000_000}  # torch and its libraries; the CUDA context (not measured here)
@@ -101,8 +102,7 @@ def training_memory(model: nn.Module, work: Workload) -> Need:
     end = tokens * (norms * 4 * d + c * d)
     activations = depth * tokens * (d * w if work.checkpointing else layer) + end
     again = tokens * layer if work.checkpointing else 0
-    scores = v * (4 + c + (4 if c == 2 else 0))  # of one token, without gradients: logits, in fp32, log-softmax
-    logits = tokens * (max(12 * v, 4 * v + scores) if work.reference == "asked" else 12 * v)
+    logits = min(tokens * v, HELD) * 2 * c  # once, and once more for the product that is the head's gradient
 
     reference = (held if work.other is None else size(work.other)) if work.reference != "none" else 0.0
     beside = 0.0 if work.reference == "idle" and work.device != "cpu" else reference
@@ -113,7 +113,7 @@ def training_memory(model: nn.Module, work: Workload) -> Need:
     program = float(PROGRAM["cpu" if work.device == "cpu" else "cuda"])
     backward = activations + casts + max(logits, again)
     training = 3 * held + beside + (held + backward if work.accumulates else max(held, backward))
-    scored = min(SCORED * work.length, max(2 * work.length, 2 * SCORED_LOGITS // v)) * scores
+    scored = min(min(SCORED * work.length, max(2 * work.length, 2 * SCORED_LOGITS // v)) * v, HELD) * c
     cpu = work.device == "cpu"
     sampled = SAMPLED * work.length * 2 * keys * depth * (4 if cpu else w) + (held if cpu else 0)
     evaluation = max(3 * held + reference * (beside > 0) + casts + scored, held + reference + sampled)
