@@ -16,6 +16,7 @@ from xalign.disk import write_atomically
 from xalign.dpo import DPO
 from xalign.evaluation.metrics import pairs_logps
 from xalign.prepare import say
+from xalign.watch import warn
 
 VERSION = 1  # part of the key: raise it when other numbers come out of the same weights and tokens
 BLOCK = 8192  # pairs after which what is known is saved: an interrupted pass loses no more
@@ -48,7 +49,7 @@ def reference_logps(dpo: DPO, reference: nn.Module, pairs: Store[EncodedPair], v
         except FileNotFoundError:
             return None
         except (OSError, KeyError, safetensors.SafetensorError):
-            say(f"warning: {path} is damaged, it is made again")
+            warn(f"{path} is damaged, it is made again")
             return None
         return found if found.shape == (2, len(pairs)) else None
 
@@ -60,8 +61,9 @@ def reference_logps(dpo: DPO, reference: nn.Module, pairs: Store[EncodedPair], v
     for block in missing.split(BLOCK) if len(missing) else ():
         mine = block[distributed.rank() :: distributed.size()]
         some = pairs_logps(dpo, reference, pairs, pad_id, progress="reference", rows=mine.numpy())  # type: ignore[arg-type]
-        found = torch.zeros(2, len(pairs)).index_copy(1, mine, torch.stack(some))
-        logps[:, block] = distributed.total(found[:, block].contiguous())
+        found = torch.zeros(2, len(block))
+        found[:, distributed.rank() :: distributed.size()] = torch.stack(some)
+        logps[:, block] = distributed.total(found)
 
         def save() -> None:
             folder.mkdir(parents=True, exist_ok=True)

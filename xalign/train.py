@@ -311,9 +311,9 @@ def align(config: DPOConfig, run: RunFolder, dpo: DPO, tokenizer: Tokenizer, pai
         if eval_known is None:
             return {}
         drawn = [(render_prompt(tokenizer, p).ids, list(t.token_ids)) for p, t in zip(prompts, texts, strict=True)]
-        with autocast(device, training.bf16), dpo.reference() as reference:
-            kl = sampled_kl(policy, reference, drawn)  # type: ignore[arg-type]
         with autocast(device, training.bf16):
+            with dpo.reference() as reference:
+                kl = sampled_kl(policy, reference, drawn)  # type: ignore[arg-type]
             return kl | quick(dpo, eval_pairs, eval_known, tokenizer.pad_id)
 
     if known is not None and dpo.ref_model is not None:

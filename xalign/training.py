@@ -146,8 +146,8 @@ def train(model: nn.Module, objective: Objective, batches: Callable[[int], Seque
             parts = batches(step)
             own = pace.work([row for batch in parts for row in objective.lengths(batch)])
             micro = [batch.to(device) for batch in parts]
-            weights = [objective.weight(batch) for batch in micro]
-            counted = sum(objective.tokens(batch) for batch in micro)
+            weights = [objective.weight(batch) for batch in parts]  # on the host: no device is waited for
+            counted = sum(objective.tokens(batch) for batch in parts)
             whole, tokens, run_tokens, flops = distributed.totals([sum(weights), counted, *own])
             model.train()
             values: dict[str, float] = {}
