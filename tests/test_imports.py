@@ -54,6 +54,7 @@ FLOORS = [
     "evaluation.compare",
     "evaluation.report",
     "config",
+    "flags",
     "display",
     "inspection",
     "prepare",

@@ -13,7 +13,8 @@ SHORT = {"-p": "--prompt", "-n": "--n"}
 
 
 def _dpo(arguments: Sequence[str], program: str) -> None:
-    from xalign.config import DPOConfig, parse
+    from xalign.config import DPOConfig
+    from xalign.flags import parse
 
     config = parse(DPOConfig, arguments, program)
     with _kept():
@@ -23,7 +24,8 @@ def _dpo(arguments: Sequence[str], program: str) -> None:
 
 
 def _sft(arguments: Sequence[str], program: str) -> None:
-    from xalign.config import SFTConfig, parse
+    from xalign.config import SFTConfig
+    from xalign.flags import parse
 
     config = parse(SFTConfig, arguments, program)
     with _kept():
@@ -42,7 +44,8 @@ def _kept() -> Iterator[None]:
 
 
 def _generate(arguments: Sequence[str], program: str) -> None:
-    from xalign.config import GenerateConfig, parse
+    from xalign.config import GenerateConfig
+    from xalign.flags import parse
 
     config = parse(GenerateConfig, arguments, program, SHORT)
     from xalign.complete import run_generate
@@ -51,7 +54,8 @@ def _generate(arguments: Sequence[str], program: str) -> None:
 
 
 def _inspect(arguments: Sequence[str], program: str) -> None:
-    from xalign.config import InspectConfig, parse
+    from xalign.config import InspectConfig
+    from xalign.flags import parse
 
     config = parse(InspectConfig, _file_as_flag(arguments), program)
     from xalign.inspection import run_inspect

@@ -9,6 +9,7 @@ import array
 import hashlib
 import itertools
 import json
+import mmap
 import os
 import shutil
 from collections.abc import Callable, Iterable, Sequence
@@ -21,6 +22,7 @@ from xalign.data.collate import EncodedExample, EncodedPair
 from xalign.disk import writing
 
 IDS, LENGTHS, META = "ids.bin", "lengths.bin", "meta.json"
+RELEASED = 1 << 23  # ids after which a pass over all rows gives the mapped file's pages back
 VERSION = 1  # part of what a store must agree with: raise it when the layout changes
 R = TypeVar("R", EncodedPair, EncodedExample)
 
@@ -51,10 +53,20 @@ class Store(Sequence[R], Generic[R]):
 
     def digest(self) -> str:
         """A hash of all rows."""
-        whole = hashlib.sha256(self._row_parts.tobytes())
+        whole, read = hashlib.sha256(self._row_parts.tobytes()), 0
         for start, size in zip(self._starts.tolist(), self._row_parts.sum(1, dtype=np.int64).tolist(), strict=True):
             whole.update(self._ids[start : start + size].astype(np.uint32).tobytes())
+            read += size
+            if read > RELEASED:
+                self._release()
+                read = 0
+        self._release()
         return whole.hexdigest()
+
+    def _release(self) -> None:
+        """Give back what was read of the file: it counts as this process's memory as long as it is mapped."""
+        if isinstance(self._ids, np.memmap):
+            self._ids._mmap.madvise(mmap.MADV_DONTNEED)  # type: ignore[attr-defined]
 
     @overload
     def __getitem__(self, index: int) -> R: ...
