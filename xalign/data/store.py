@@ -1,4 +1,4 @@
-"""Encoded records on disk: token ids in flat arrays that are memory-mapped, so that no data set has to fit in memory.
+"""Encoded records on disk: token ids in flat files that are read row by row, so that no data set has to fit in memory.
 
 A store is a folder: `ids.bin` (all rows' ids one after the other, uint16 where they fit, else uint32), `lengths.bin`
 (uint32, one line of part lengths a row) and `meta.json`. It appears under its name only when it is whole, and it is used
@@ -9,9 +9,9 @@ import array
 import hashlib
 import itertools
 import json
-import mmap
 import os
 import shutil
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Generic, TypeVar, overload
@@ -22,7 +22,6 @@ from xalign.data.collate import EncodedExample, EncodedPair
 from xalign.disk import writing
 
 IDS, LENGTHS, META = "ids.bin", "lengths.bin", "meta.json"
-RELEASED = 1 << 23  # ids after which a pass over all rows gives the mapped file's pages back
 VERSION = 1  # part of what a store must agree with: raise it when the layout changes
 R = TypeVar("R", EncodedPair, EncodedExample)
 
@@ -35,10 +34,23 @@ def _parts(row: EncodedPair | EncodedExample) -> tuple[Sequence[int], ...]:
     return row.ids, [0] * bool(runs and runs[0][0]) + [length for _, length in runs]
 
 
+class _Ids:
+    """A file of numbers, of which `read` gives a part. Not a memory map: what was once read of it would count as our memory."""
+
+    def __init__(self, path: Path, dtype: str):
+        self.file, self.dtype = os.open(path, os.O_RDONLY), np.dtype(dtype)
+        weakref.finalize(self, os.close, self.file)
+        self.size = os.fstat(self.file).st_size // self.dtype.itemsize
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        width = self.dtype.itemsize
+        return np.frombuffer(os.pread(self.file, count * width, start * width), self.dtype)
+
+
 class Store(Sequence[R], Generic[R]):
     """The rows of a store; `store[i]` reads one (without its `where`), `store[a:b]` is a view."""
 
-    def __init__(self, kind: type[R], ids: np.ndarray, parts: np.ndarray, starts: np.ndarray):
+    def __init__(self, kind: type[R], ids: _Ids, parts: np.ndarray, starts: np.ndarray):
         self.kind: type[R] = kind
         self._ids, self._row_parts, self._starts = ids, parts, starts
 
@@ -53,20 +65,10 @@ class Store(Sequence[R], Generic[R]):
 
     def digest(self) -> str:
         """A hash of all rows."""
-        whole, read = hashlib.sha256(self._row_parts.tobytes()), 0
+        whole = hashlib.sha256(self._row_parts.tobytes())
         for start, size in zip(self._starts.tolist(), self._row_parts.sum(1, dtype=np.int64).tolist(), strict=True):
-            whole.update(self._ids[start : start + size].astype(np.uint32).tobytes())
-            read += size
-            if read > RELEASED:
-                self._release()
-                read = 0
-        self._release()
+            whole.update(self._ids.read(start, size).astype(np.uint32).tobytes())
         return whole.hexdigest()
-
-    def _release(self) -> None:
-        """Give back what was read of the file: it counts as this process's memory as long as it is mapped."""
-        if isinstance(self._ids, np.memmap):
-            self._ids._mmap.madvise(mmap.MADV_DONTNEED)  # type: ignore[attr-defined]
 
     @overload
     def __getitem__(self, index: int) -> R: ...
@@ -77,7 +79,7 @@ class Store(Sequence[R], Generic[R]):
             return Store(self.kind, self._ids, self._row_parts[index], self._starts[index])
         lengths = self._row_parts[index].tolist()
         start = int(self._starts[index])
-        flat = self._ids[start : start + sum(lengths)].tolist()
+        flat = self._ids.read(start, sum(lengths)).tolist()
         ends = list(itertools.accumulate(lengths))
         parts = [flat[end - length : end] for end, length in zip(ends, lengths, strict=True)]
         if self.kind is EncodedPair:
@@ -95,10 +97,10 @@ def open_store(path: Path, key: dict[str, Any], kind: type[R]) -> tuple[Store[R]
         parts = np.fromfile(path / LENGTHS, dtype=np.uint32).reshape(meta["rows"], meta["parts"])
         sums = parts.sum(1, dtype=np.int64)
         starts = np.cumsum(sums) - sums
-        ids = np.memmap(path / IDS, dtype=meta["dtype"], mode="r")
+        ids = _Ids(path / IDS, meta["dtype"])
     except (OSError, ValueError, LookupError, TypeError):
         return None  # nothing there, or damaged: it is made from the data again
-    if not len(sums) or len(ids) != starts[-1] + sums[-1]:
+    if not len(sums) or ids.size != starts[-1] + sums[-1]:
         return None
     return Store(kind, ids, parts, starts), meta["note"]
 

@@ -63,6 +63,20 @@ class FeedForward(nn.Module):
         return self.down(self.dropout(hidden))
 
 
+class RMSNorm(nn.RMSNorm):
+    """`nn.RMSNorm` (Zhang & Sennrich 2019, arXiv 1910.07467); of a single row on a CPU by fewer calls, to the same bits.
+
+    There torch's own is ten small operations. x and -x together have mean 0, so that their layer norm, one operation,
+    divides x by its root mean square.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.numel() != x.shape[-1] or x.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return super().forward(x)
+        both = torch.stack((x, -x), -2)
+        return F.layer_norm(both, both.shape[-2:], self.weight.expand(2, -1), None, self.eps or 0.0)[..., 0, :]
+
+
 class Block(nn.Module):
     """One pre-norm layer; with `parallel` both halves read the same input (as GPT-NeoX does)."""
 
@@ -127,7 +141,7 @@ class Decoder(nn.Module):
         act = F.silu if ff_swish else partial(F.gelu, approximate="tanh" if ff_gelu_tanh else "none")
 
         def norm() -> nn.Module:
-            return nn.RMSNorm(dim, eps=norm_eps) if use_rmsnorm else nn.LayerNorm(dim, eps=norm_eps)
+            return RMSNorm(dim, eps=norm_eps) if use_rmsnorm else nn.LayerNorm(dim, eps=norm_eps)
 
         self.inner_dim = inner = int(dim * ff_mult) if ff_inner_dim is None else ff_inner_dim
         self.layers = nn.ModuleList(
