@@ -8,7 +8,6 @@ flags on the host, which costs nothing on a CPU; elsewhere every row takes the l
 
 import math
 from collections.abc import Callable
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,8 @@ from xalign.errors import ConfigError
 from xalign.sampling import NEG_INF
 from xalign.stopping import Endings
 
-WIDTH, SPARE = 320, 32  # how many of the largest logits are looked at, and how many more to see ties end
+WIDTH = 320  # how many of the largest logits are looked at
+CLOSE = 2.0**-16  # of itself, by which `mass` may be off: 100 roundings of fp32, and those to whole numbers
 ARGUMENT = {"temperature": "t", "top_k": "k", "top_p": "thres", "min_p": "min_p"}
 ONES, LEAST = 2**64 - 1, np.finfo(np.float32).min
 GOLDEN, MIX1, MIX2 = (n & ONES for n in (sampling.GOLDEN, sampling.MIX1, sampling.MIX2))
@@ -175,57 +175,88 @@ class Draw:
         if rows is not None and any(t.ndim for t in limits):
             limits = [t[rows.numpy()] if t.ndim else t for t in limits]
         top_k, top_p, enough, min_p = limits
-        k = min(self.width + SPARE, v)
-        scaled, index = largest(x.numpy(), k)
-        if not all(map(math.isfinite, scaled[:, 0].tolist())):
+        found = largest(x, min(self.width, v))
+        if found is None:
             return None
-        last, top = np.maximum(scaled[:, -1:], LEAST), torch.from_numpy(scaled[:, :1])
-        settled: Any = "top_k" not in self.options or top_k < k
-        if top_k.ndim:
-            scaled = np.where(np.arange(k) < top_k, scaled, NEG_INF)
-        elif top_k < k:
-            scaled, index = scaled[:, : int(top_k)], index[:, : int(top_k)]
-        ratio = (torch.from_numpy(scaled) - top).exp_().numpy()
+        scaled, index, counts, whole = found
+        top, column = torch.from_numpy(scaled[:, :1]), np.arange(scaled.shape[1])
+        kept: Any = column < np.minimum(top_k, counts)
+        # fp32 exp is torch's: numpy's gives other bits
+        ratio = np.where(kept, (torch.from_numpy(scaled) - top).exp_().numpy(), np.float32(0))
         if "top_p" in self.options:
             weight = np.rint(ratio * float(sampling.UNITS))
             upto = weight.cumsum(1, dtype=np.float64)
-            total = upto[:, -1:]
-            if "top_k" not in self.options:
-                total = (x - top).exp_().mul_(sampling.UNITS).round_().sum(-1, keepdim=True, dtype=torch.float64).numpy()
-            missing = np.maximum(np.ceil(top_p * total), enough) - (upto - weight)
-            scaled = np.where(missing > weight * 2.0**-sampling.SLACK, scaled, NEG_INF)
+
+            def nucleus(total: np.ndarray) -> np.ndarray:
+                return np.maximum(np.ceil(top_p * total), enough) - (upto - weight) > weight * 2.0**-sampling.SLACK
+
+            if "top_k" in self.options:
+                kept &= nucleus(upto[:, -1:])
+            else:
+                total = mass(x, index[:, 0])
+                inside = nucleus(total * (1 - CLOSE))
+                open_ = (inside != nucleus(total * (1 + CLOSE))).any(1)
+                if open_.any():
+                    some = torch.from_numpy(np.flatnonzero(open_))
+                    exact = (x[some] - top[some]).exp_().mul_(sampling.UNITS).round_().sum(-1, keepdim=True, dtype=torch.float64)
+                    total[open_] = exact.numpy()
+                    inside = np.where(open_[:, None], nucleus(total), inside)
+                kept &= inside
         if "min_p" in self.options:
-            scaled = np.where(ratio >= min_p, scaled, NEG_INF)
-        # what is not here is no larger than the last column: if that and its equals are out, so is the rest
-        settled = (settled & (scaled != last)).all(1) if k < v else np.ones(len(x), bool)
-        return (scaled, index, settled) if settled.any() else None
+            kept &= ratio >= min_p
+        # they are kept in this order: if not all that are here are, nothing of the rest is
+        number = kept.sum(1, keepdims=True)
+        settled = (whole | (top_k <= counts if "top_k" in self.options else number < counts))[:, 0]
+        if not settled.any():
+            return None
+        width = int(number.max())
+        return np.where(kept[:, :width], scaled[:, :width], NEG_INF), index[:, :width], settled
 
 
-def largest(x: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """The `k` largest of each row (b, v), downwards, ties by the lower index, and where they are.
+def mass(x: Tensor, top: np.ndarray) -> np.ndarray:
+    """What all tokens of x (b, v) weigh in `sampling.UNITS` of the likeliest, `top` (b,): (b, 1), fp64, `CLOSE` to the sum.
 
-    Which of several equal to the last one are taken is left open. The row is split into blocks, each of every n-th entry; an
-    entry among the k largest lies in one of the k blocks with the largest maxima, so the others need not be looked at.
+    The softmax is one pass; its own sum is off by more, but that of its results is torch's, in cascades.
     """
-    row, size, n, offsets, rest = _blocks(*x.shape, k)
-    most = np.maximum.reduce(x[:, : size * n].reshape(-1, size, n), 1)
-    few = min(k, n)
-    index = (most.argpartition(-few)[:, None, -few:] + offsets).reshape(len(x), -1)
-    if rest.size:
-        index = np.concatenate((index, rest), 1)
-    values = x[row, index]
-    chosen = values.argpartition(-k)[:, -k:]
-    values, index = values[row, chosen], index[row, chosen]
-    order = np.lexsort((index, -values))
-    return values[row, order], index[row, order]
+    p = x.softmax(-1)
+    return (p.sum(-1).double() / p[torch.arange(len(x)), torch.from_numpy(top)]).mul_(sampling.UNITS).numpy()[:, None]
 
 
-@lru_cache(16)
-def _blocks(b: int, v: int, k: int) -> tuple[np.ndarray, int, int, np.ndarray, np.ndarray]:
-    """Of `largest`: row numbers (b, 1), entries of a block, blocks, where a block's entries lie, and what is in none (b, m)."""
-    size = 2 ** (math.isqrt(v // k).bit_length() - 1)  # about as many blocks as entries in the blocks that are chosen
-    n = v // size
-    return np.arange(b)[:, None], size, n, np.arange(0, size * n, n)[:, None], np.arange(size * n, v)[None].repeat(b, 0)
+def largest(x: Tensor, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray] | None:
+    """The `k` largest of each row (b, v), or more, downwards, ties by the lower index: values (b, m), where they are, how many
+    of each row's m are real, and whether those are all that it has (but for -inf), (b, 1) both.
+
+    The k-th largest of the maxima of blocks, each of every n-th entry, is no larger than the k-th largest entry; few are between
+    the two. What equals it is taken too, unless much does: then there may be fewer than k. None for rows that are flat, and for
+    one whose largest is infinite or no number.
+    """
+    b, v = x.shape
+    size = 2 ** max(0, (v // (2 * k)).bit_length() - 1)
+    n, bits = v // size, v.bit_length()
+    most = x[:, : size * n].view(b, size, n).amax(1).numpy() if size > 1 else x.numpy()
+    if not all(map(math.isfinite, most.max(1).tolist())) or b << bits > 2**32:
+        return None
+    least = np.partition(most, n - k, 1)[:, n - k, None] if n >= k else np.full((b, 1), NEG_INF, np.float32)
+    flat, most_of_them = np.flatnonzero(x.numpy() >= np.maximum(least, LEAST)), 4 * b * k + 64
+    if len(flat) > most_of_them:  # many are equal to it: then those above it, fewer than k
+        flat = np.flatnonzero(x.numpy() > np.maximum(least, LEAST))
+    values = x.numpy().ravel()[flat] + np.float32(0)  # of -0 and 0 the lower index comes first
+    image = values.view(np.uint32).astype(np.uint64)
+    row, index = np.divmod(flat, v) if b > 1 else (np.zeros_like(flat), flat)
+    counts = np.bincount(row, minlength=b)[:, None]
+    whole = (least == NEG_INF) | (counts == v)
+    if len(flat) > most_of_them or not counts.all():
+        return None
+    # ascending: the row, its values downwards (fp32's bits, turned round), the index
+    keys = (image ^ (image >> 31) - 1 & 0x7FFFFFFF) << bits | index.astype(np.uint64) | row.astype(np.uint64) << 32 + bits
+    keys.sort()
+    index, image = (keys & (1 << bits) - 1).astype(np.int64), (keys >> bits).astype(np.uint32)
+    values = (image ^ (image >> 31) - np.uint32(1) & np.uint32(0x7FFFFFFF)).view(np.float32)
+    if b == 1:
+        return values[None], index[None], counts, whole
+    column = np.arange(counts.max())
+    place = np.minimum(counts.cumsum()[:, None] - counts + column, len(index) - 1)
+    return np.where(column < counts, values[place], NEG_INF), index[place], counts, whole
 
 
 def gumbel(keys: Tensor, position: Tensor, index: np.ndarray) -> np.ndarray:
