@@ -127,7 +127,8 @@ def test_largest_is_topk_with_ties_by_the_lower_index(v, k):
         assert bool((values[~real] == float("-inf")).all())
         expected = x.topk(values.shape[1]).values
         assert torch.equal(values, expected.masked_fill(~real, float("-inf"))), "nothing between is left out"
-        assert torch.equal(x.gather(1, index)[real], values[real]) and torch.equal(whole[:, 0], (x > float("-inf")).sum(1) == counts[:, 0])
+        assert torch.equal(x.gather(1, index)[real], values[real])
+        assert torch.equal(whole, (x > float("-inf")).sum(1, keepdim=True) == counts)
         same = (values[:, 1:] == values[:, :-1]) & real[:, 1:]
         assert bool((index[:, 1:] > index[:, :-1])[same].all())
 

@@ -198,8 +198,7 @@ class Draw:
                 open_ = (inside != nucleus(total * (1 + CLOSE))).any(1)
                 if open_.any():
                     some = torch.from_numpy(np.flatnonzero(open_))
-                    exact = (x[some] - top[some]).exp_().mul_(sampling.UNITS).round_().sum(-1, keepdim=True, dtype=torch.float64)
-                    total[open_] = exact.numpy()
+                    total[open_] = sampling.weights(x[some]).sum(-1, keepdim=True, dtype=torch.float64).numpy()
                     inside = np.where(open_[:, None], nucleus(total), inside)
                 kept &= inside
         if "min_p" in self.options:
@@ -226,8 +225,8 @@ def largest(x: Tensor, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.n
     """The `k` largest of each row (b, v), or more, downwards, ties by the lower index: values (b, m), where they are, how many
     of each row's m are real, and whether those are all that it has (but for -inf), (b, 1) both.
 
-    The k-th largest of the maxima of blocks, each of every n-th entry, is no larger than the k-th largest entry; few are between
-    the two. What equals it is taken too, unless much does: then there may be fewer than k. None for rows that are flat, and for
+    The k-th largest of the maxima of blocks, each of every n-th entry, is no larger than the k-th largest entry; few lie
+    between. What equals it is taken too, unless much does: then there may be fewer than k. None for rows that are flat, and for
     one whose largest is infinite or no number.
     """
     b, v = x.shape

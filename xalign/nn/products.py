@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 SMALL = 1 << 20  # multiplications up to which torch's own product takes less time
-HELD = 1 << 27  # logits that are held at once
+HELD = 1 << 25  # logits that are held at once
+PIECE = 1 << 14  # of the vocabulary, for a head's gradients: oneDNN copies what is transposed
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -58,7 +59,8 @@ def target_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tenso
         hidden, weight = hidden.to(dtype), weight.to(dtype)
     hidden = hidden.to(weight.dtype)
     with torch.autocast(hidden.device.type, enabled=False):
-        return _TargetLogprobs.apply(hidden, weight, targets, bias, max(1, held // weight.shape[0]))
+        parts = -(-len(hidden) * weight.shape[0] // held)  # of equal size: all but one are computed twice
+        return _TargetLogprobs.apply(hidden, weight, targets, bias, max(1, -(-len(hidden) // max(1, parts))))
 
 
 class _TargetLogprobs(torch.autograd.Function):
@@ -79,7 +81,7 @@ class _TargetLogprobs(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, targets, bias, sums = ctx.saved_tensors
-        dh = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        dh = torch.zeros_like(hidden, dtype=torch.float32) if ctx.needs_input_grad[0] else None
         dw = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         db = torch.zeros_like(bias, dtype=torch.float32) if ctx.needs_input_grad[3] else None
         starts = range(0, len(hidden), ctx.size)
@@ -92,13 +94,15 @@ class _TargetLogprobs(torch.autograd.Function):
             # d logp / d logits = onehot - softmax, times what comes from above; in place
             d = _softmax_(logits, sums[rows], g)
             d.scatter_add_(1, t, g.to(d.dtype))
-            if dh is not None:
-                dh[rows] = _times(d, weight)
-            if dw is not None:
-                part = _times(d.t(), h)
-                dw = part.float() if len(starts) == 1 else dw.add_(part)
+            for at in range(0, len(weight), PIECE):
+                piece, some = slice(at, at + PIECE), d[:, at : at + PIECE]
+                if dh is not None:
+                    dh[rows] += _times(some, weight[piece])
+                if dw is not None:
+                    dw[piece] += _times(some.t(), h)
             if db is not None:
                 db += d.sum(0)
+        dh = None if dh is None else dh.to(hidden.dtype)
         return dh, None if dw is None else dw.to(weight.dtype), None, None if db is None else db.to(bias.dtype), None
 
 
