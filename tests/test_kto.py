@@ -327,7 +327,7 @@ def test_held_out_labels_and_what_a_dry_run_shows(toy, tmp_path, capsys):
     (tmp_path / "c.json").write_text(json.dumps(config))
     assert call("dpo", "--config", tmp_path / "c.json", "--dry-run") == 0
     out, err = capsys.readouterr()
-    assert "records are held out" in err and "\ndesirable:" in out and "\nmismatched" in out
+    assert "records are held out" in err and "labelled records; the first:\n\ndesirable:" in out and "\nmismatched" in out
     assert call("dpo", "--config", toy / "tiny.json", "--loss-type", "simpo", "--dry-run") == 0
     assert "reference (after training)" in capsys.readouterr().out
 

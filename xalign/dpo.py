@@ -241,12 +241,12 @@ class DPO(nn.Module):
     def rewards(self, policy: Sequence[Tensor], ref: Sequence[Tensor | None], lengths: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Implicit rewards of texts, nats, from log-probabilities (b,) of each side: beta times the log-ratio to the reference.
 
-        Where no loss asks for a reference they are what these losses compare: beta times the log-probability (cpo), or its
-        mean over tokens (all others).
+        Where no loss asks for a reference they are what these losses compare: beta times the mean over tokens, or, for cpo and
+        for losses that read no lengths, times the sum.
         """
         if self.compares:
             return tuple(self.beta * (p - r) for p, r in zip(policy, ref, strict=True) if r is not None)
-        sums = any(c.function is losses.cpo for c in self.components)
+        sums = any(c.function is losses.cpo or "chosen_lengths" not in c.takes for c in self.components)
         return tuple(self.beta * (p if sums else p / n) for p, n in zip(policy, lengths, strict=True))
 
     def forward(self, preferred_seq: Tensor, unpreferred_seq: Tensor, *, prompt_mask: Mask | tuple[Mask, Mask] = None,

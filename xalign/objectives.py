@@ -87,8 +87,8 @@ class Preference:
 class KTO:
     """The loss kto of a `DPO` module, a labelled text; `ref_logps`: the reference's of (completion, mismatched), by row.
 
-    z0, the policy's drift from the reference, is the mean log-ratio of the batch's *mismatched* completions, at least 0: so another
-    micro-batch (or another number of processes) is another loss. They run without gradient and without dropout.
+    z0, the policy's drift from the reference, is the mean log-ratio of the batch's *mismatched* completions, at least 0: so
+    another micro-batch (or another number of processes) is another loss. They run without gradient and without dropout.
     """
 
     def __init__(self, dpo: DPO, ref_logps: tuple[Tensor, Tensor] | None = None):

@@ -10,7 +10,7 @@ from xalign import distributed
 from xalign.checkpoint import outline
 from xalign.config import DPOConfig, SFTConfig
 from xalign.data.collate import EncodedLabelled
-from xalign.data.records import Example
+from xalign.data.records import Example, PreferencePair
 from xalign.dpo import DPO
 from xalign.errors import ConfigError
 from xalign.hf import torch_dtype
@@ -46,10 +46,11 @@ def rehearse_dpo(config: DPOConfig, device: torch.device) -> None:
     encode, what = (encode_texts, "texts") if loss.labelled else (encode_pairs, "pairs")
     encoded = in_memory(encode, islice(data.train(), LOOKED_AT), tokenizer, length, config.data.truncation_mode,
                         f"train {what}")
+    records = "pairs" if isinstance(data.held_out[0], PreferencePair) else "labelled records"
     told = {"chosen": "chosen", "rejected": "rejected"}
     if isinstance(encoded[0], EncodedLabelled):
         told = {"chosen": "desirable" if encoded[0].label else "undesirable", "rejected": "mismatched, to measure drift"}
-    print(f"{parameter_count(model):,} parameters, {tokenizer.vocab_size:,} pieces, {data.count:,} records; the first:")
+    print(f"{parameter_count(model):,} parameters, {tokenizer.vocab_size:,} pieces, {data.count:,} {records}; the first:")
     for side, title in told.items():
         prompt, completion = encoded[0].prompt, getattr(encoded[0], side)
         print(f"\n{title}:")

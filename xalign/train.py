@@ -220,9 +220,6 @@ def prefer(config: DPOConfig, run: RunFolder, data: Split[Any], examples: Source
     if given is not None and not same_ids(given[1], tokenizer, list(islice(data.train(), 20))):
         raise ConfigError(f"--ref-model {config.loss.ref_model} has another tokenizer than the policy, allowed is the same")
     held_out = data.held_out
-    untrained, gold_known = None, is_toy(p.prompt for p in held_out)
-    if gold_known and not config.model.model:
-        untrained = scratch_model(config.model, tokenizer.vocab_size, config.training.seed).to(device)
     dpo = preference(config, policy, given[0] if given is not None else None)
     max_length, mode = window(config.data.max_length, policy), config.data.truncation_mode
     kind, encode, what = (EncodedLabelled, encode_texts, "texts") if dpo.labelled else (EncodedPair, encode_pairs, "pairs")
@@ -239,6 +236,9 @@ def prefer(config: DPOConfig, run: RunFolder, data: Split[Any], examples: Source
     forget(run, "tokens", "tokens-sft", "reference-logps")
     if dpo.labelled and isinstance(held_out[0], PreferencePair):  # which tell more as pairs
         eval_rows = in_memory(encode_pairs, held_out, tokenizer, max_length, mode, "held out pairs")
+    untrained, gold_known = None, is_toy(p.prompt for p in held_out)
+    if gold_known and not config.model.model:
+        untrained = scratch_model(config.model, tokenizer.vocab_size, config.training.seed).to(device)
     e = config.evaluation
     # a loss that asks for none, and a policy that plays it itself: the model before alignment is read again
     reference = load_model(str(run.path / "reference"), config.run.dtype, device)[0] if dpo.ref_model is None else dpo.ref_model
