@@ -188,7 +188,7 @@ def truncated(report: TruncationReport) -> str:
 def unbalanced(desirable: int, undesirable: int, desirable_weight: float, undesirable_weight: float) -> str:
     """A warning, or "", about labels that kto's weights (desirable, undesirable) leave far from balance.
 
-    The paper (arXiv 2402.01306, eq. 9) wants n_D w_D / (n_U w_U) in [1, 4/3]; from 1/2 to 2 is let pass here.
+    The paper (arXiv 2402.01306) advises n_D w_D / (n_U w_U) in [1, 4/3]; from 1/2 to 2 is let pass here.
     """
     good, bad = desirable * desirable_weight, undesirable * undesirable_weight
     if not good or not bad:
