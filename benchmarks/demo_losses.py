@@ -57,10 +57,8 @@ def make_reference(folder: Path, sft_epochs: float) -> Path:
 
 def align(name: str, reference: Path, folder: Path, **changes: Any) -> dict[str, Any]:
     """Train the loss of a line of the table from `reference`."""
-    own = {"loss_type": name, **SETTINGS[name]}
-    given = {"model": str(reference), "reference_cache": str(folder / "reference-cache"), "output_dir": None}
-    settings = {k: v for k, v in {**BASE, **given, **own, **changes}.items() if v is not None}
-    return train(folder / "".join(c if c.isascii() and c.isalnum() else "-" for c in name), settings)
+    given = {"model": str(reference), "reference_cache": str(folder / "reference-cache"), "loss_type": name}
+    return train(folder / name, {**BASE, **given, **SETTINGS[name], **changes})
 
 
 def head(name: str) -> str:
