@@ -245,7 +245,7 @@ class DPO(nn.Module):
         for losses that read no lengths, times the sum.
         """
         if self.compares:
-            return tuple(self.beta * (p - r) for p, r in zip(policy, ref, strict=True) if r is not None)
+            return tuple(self.beta * (p - r) for p, r in zip(policy, ref, strict=True))  # type: ignore[operator]
         sums = any(c.function is losses.cpo or "chosen_lengths" not in c.takes for c in self.components)
         return tuple(self.beta * (p if sums else p / n) for p, n in zip(policy, lengths, strict=True))
 
