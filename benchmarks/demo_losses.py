@@ -27,7 +27,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "ipo": {"beta": 5.0},
     "sigmoid_norm": {},
     "apo_zero": {"beta": 0.5},
-    "sppo_hard": {"beta": 0.5},
+    "sppo_hard": {},  # 1 / 2β is what it asks of each side: .1 makes 5 nats
     "kto": {"beta": 0.5},
     "simpo": {"learning_rate": 1e-4},
     "cpo": {},
