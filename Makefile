@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install -q --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-slow lint bench bench-decode bench-train clean
+.PHONY: demo test test-slow lint bench bench-decode bench-train bench-losses clean
 
 demo: $(VENV)/.installed
 	$(RUN) train_dpo.py --config data/demo.json --output-dir runs/demo $(ARGS)
@@ -26,6 +26,9 @@ bench-decode: $(VENV)/.installed-dev
 
 bench-train: $(VENV)/.installed-dev
 	$(RUN) benchmarks/train.py $(ARGS)
+
+bench-losses: $(VENV)/.installed
+	$(RUN) benchmarks/demo_losses.py $(ARGS)
 
 $(VENV)/.installed: setup.py constraints.txt
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)

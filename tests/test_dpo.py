@@ -485,7 +485,9 @@ def test_a_given_reference_is_frozen_and_a_loss_without_one_has_none():
 
     dpo = DPO(tiny(**LLAMA), loss=free)
     loss, metrics = dpo(ids(2, 5), ids(2, 4), return_metrics=True)
-    assert dpo.ref_model is None and loss.isfinite() and {name.split("/")[0] for name in metrics} == {"logps", "lengths"}
+    assert dpo.ref_model is None and loss.isfinite() and {name.split("/")[0] for name in metrics} == {
+        "logps", "lengths", "rewards"}
+    assert metrics["rewards/margins"] == 0.1 * (metrics["logps/chosen"] - metrics["logps/rejected"])
 
 
 def test_dropout_acts_on_the_policy_only():

@@ -14,14 +14,23 @@ from xalign import DPO
 from xalign.backends.base import Completion, SamplingParams
 from xalign.backends.native import NativeBackend
 from xalign.data import toyworld
-from xalign.data.collate import EncodedPair, encode_pair
+from xalign.data.collate import EncodedPair, collate_pairs, encode_pair
 from xalign.data.records import Message, PreferencePair
 from xalign.data.sources import read_pairs
 from xalign.errors import ConfigError
 from xalign.evaluation import metrics
 from xalign.evaluation.compare import Comparison, compare, quick
-from xalign.evaluation.metrics import accuracies, completion_logps, estimate, label_noise_share, perplexity, wins
+from xalign.evaluation.metrics import (
+    accuracies,
+    completion_logps,
+    estimate,
+    label_accuracies,
+    label_noise_share,
+    perplexity,
+    wins,
+)
 from xalign.evaluation.report import _prose, write_report
+from xalign.objectives import Preference
 from xalign.tokenizers import ByteTokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -94,11 +103,15 @@ def test_accuracies():
     def t(*values):
         return torch.tensor(values)
 
-    policy = (t(-1.0, -1.0, -1.0, -5.0), t(-2.0, -1.0, -0.5, -4.0))
-    zero = (torch.zeros(4), torch.zeros(4))
-    assert accuracies(policy, zero) == [1.0, 0.5, 0.0, 0.0]
-    assert accuracies(policy, policy) == [0.5] * 4
-    assert accuracies(policy, (t(0.0, 0.0, 0.0, -5.0), t(0.0, 0.0, 0.0, -2.0)))[3] == 1.0, "the reference counts"
+    assert accuracies(t(-1.0, -1.0, -1.0, -5.0), t(-2.0, -1.0, -0.5, -4.0)) == [1.0, 0.5, 0.0, 0.0]
+
+
+def test_accuracies_of_labels_are_the_auc():
+    draw = np.random.default_rng(0)
+    rewards, labels = torch.tensor(draw.integers(0, 6, 40).astype(np.float32)), torch.tensor(draw.random(40) < 0.3)
+    good, bad = rewards[labels].tolist(), rewards[~labels].tolist()
+    assert label_accuracies(rewards, labels) == pytest.approx([np.mean([(g > b) + 0.5 * (g == b) for b in bad]) for g in good])
+    assert label_accuracies(rewards, labels | True) == label_accuracies(rewards, labels & False) == []
 
 
 def test_label_noise_share():
@@ -113,6 +126,22 @@ def test_perplexity_of_a_uniform_model_is_the_vocabulary():
     pairs = [EncodedPair([1] * a, [2] * b, [3] * c) for a, b, c in ((1, 1, 9), (5, 3, 2), (2, 7, 7))]
     result = perplexity(uniform(300), pairs, 0)
     assert [result.value, result.low, result.high] == pytest.approx([300] * 3, rel=1e-5)
+
+
+def test_quick_without_a_reference_speaks_in_the_losses_own_terms():
+    for name, means in (("simpo", True), ("orpo", True), ("cpo", False)):
+        dpo = DPO(tiny(**LLAMA), beta=0.5, loss=name)
+        pairs = [EncodedPair([1, 2], [3, 4, 5], [6]), EncodedPair([7], [8], [9, 10, 11, 12])]
+        values = quick(dpo, pairs, None, 0)
+        logps = metrics.pairs_logps(dpo, dpo.policy_model, pairs, 0)
+        lengths = (torch.tensor([3.0, 1.0]), torch.tensor([1.0, 4.0]))
+        win, lose = (0.5 * p / (n if means else 1) for p, n in zip(logps, lengths, strict=True))
+        assert values["eval/rewards/chosen"] == pytest.approx(float(win.mean()))
+        assert values["eval/rewards/margins"] == pytest.approx(float((win - lose).mean()))
+        assert values["eval/rewards/accuracies"] == pytest.approx(float((win > lose).float().mean()))
+        loss, told = Preference(dpo)(collate_pairs(pairs, 0))
+        assert values["eval/loss"] == pytest.approx(float(loss.detach()), abs=1e-5)
+        assert float(told["rewards/margins"]) == pytest.approx(values["eval/rewards/margins"], abs=1e-5)
 
 
 def test_perplexity_and_logps_by_hand():
@@ -141,9 +170,6 @@ def test_quick_agrees_with_the_training_metrics():
     sizes = ((1, 2, 9), (5, 3, 2), (2, 7, 7))
     pairs = [EncodedPair([1] * a, list(range(5, 5 + b)), list(range(30, 30 + c))) for a, b, c in sizes]
     values = quick(dpo, pairs, metrics.pairs_logps(dpo, dpo.ref_model, pairs, 0), 0)
-    from xalign.data.collate import collate_pairs
-    from xalign.objectives import Preference
-
     loss, expected = Preference(dpo)(collate_pairs(pairs, 0))
     assert values["eval/loss"] == pytest.approx(float(loss.detach()), abs=1e-5)
     for name in ("accuracies", "chosen", "rejected", "margins"):
@@ -263,7 +289,7 @@ def comparison():
     dpo = DPO(tiny(**LLAMA, num_tokens=259, max_seq_len=1024, depth=1), beta=0.3)
     with torch.no_grad():
         dpo.policy_model.to_logits.weight.mul_(1.2)
-    return compare(dpo, tiny(**LLAMA, num_tokens=259, max_seq_len=1024, depth=1, sharp=1.0), tokenizer, pairs,
+    return compare(dpo, dpo.ref_model, tiny(**LLAMA, num_tokens=259, max_seq_len=1024, depth=1, sharp=1.0), tokenizer, pairs,
                    [encode_pair(p, tokenizer) for p in pairs], gold_known=True, prompts=4, samples=2, max_new_tokens=12, seed=0)
 
 
@@ -289,8 +315,9 @@ def test_policy_and_reference_do_not_share_draws():
     tokenizer = ByteTokenizer()
     pairs = read_pairs(ROOT / "data/test.jsonl", limit=3)
     dpo = DPO(tiny(**LLAMA, num_tokens=259, max_seq_len=1024, depth=1), beta=0.3)
-    result = compare(dpo, None, tokenizer, pairs, [encode_pair(p, tokenizer) for p in pairs], gold_known=True, prompts=3,
-                     samples=2, max_new_tokens=12, seed=0)
+    encoded = [encode_pair(p, tokenizer) for p in pairs]
+    result = compare(dpo, dpo.ref_model, None, tokenizer, pairs, encoded, gold_known=True, prompts=3, samples=2,
+                     max_new_tokens=12, seed=0)
     assert result.numbers["kl"] == pytest.approx(0, abs=1e-4) and result.numbers["preference_accuracy"] == 0.5
     assert result.texts["policy"] != result.texts["reference"] and "untrained" not in result.texts
 
@@ -299,9 +326,10 @@ def test_prompts_that_do_not_fit_are_left_out_and_counted(tmp_path):
     tokenizer = ByteTokenizer()
     pairs = [PreferencePair(p, " yes", " no") for p in ("short", "x" * 200, "short")]
     dpo = DPO(tiny(**LLAMA, num_tokens=259, max_seq_len=64, depth=1))
+    encoded = [encode_pair(p, tokenizer) for p in pairs]
     for max_new_tokens, kept in ((10, 1), (80, 0)):
-        result = compare(dpo, None, tokenizer, pairs, [encode_pair(p, tokenizer) for p in pairs], gold_known=False, prompts=9,
-                         samples=1, max_new_tokens=max_new_tokens, seed=0)
+        result = compare(dpo, dpo.ref_model, None, tokenizer, pairs, encoded, gold_known=False, prompts=9, samples=1,
+                         max_new_tokens=max_new_tokens, seed=0)
         assert (result.numbers["prompts"], result.numbers["prompts_too_long"]) == (kept, 2 - kept)
         (tmp_path / "metrics.jsonl").write_text("")
         assert "perplexity" in write_report(tmp_path, "t", result, {})

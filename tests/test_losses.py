@@ -484,15 +484,6 @@ def test_divergences_by_alpha_and_by_a_wrong_name():
         losses.divergence(x, "forwardkl")
 
 
-def test_wpo_weight_of_a_uniform_policy_is_one():
-    n, v = torch.tensor([3, 7]), 11
-    logps = (-n * math.log(v)).double().requires_grad_()
-    weight = losses.wpo_weight(logps, logps.detach(), n)  # sum p^2 = 1 / v as well
-    torch.testing.assert_close(weight, torch.ones(2).double())
-    assert not weight.requires_grad
-    assert losses.wpo_weight(torch.tensor([-6.0]), torch.tensor([-2.0]), torch.tensor([2])) == pytest.approx(math.exp(-2))
-
-
 # ---- a world small enough to know the optimum of
 
 def world():
@@ -570,16 +561,15 @@ def spread(logps, lengths):
 class Policy:
     """A model whose outputs are given log-probabilities, token by token."""
 
-    def __init__(self, token_logps, squares=None):
+    def __init__(self, token_logps):
         zero = torch.zeros_like(token_logps)
-        self.outputs = SimpleNamespace(log_probs=token_logps, entropy=zero, mean_logits=zero, is_top1=zero.bool(),
-                                       log_sum_sq_probs=squares)
+        self.outputs = SimpleNamespace(log_probs=token_logps, entropy=zero, mean_logits=zero, is_top1=zero.bool())
 
     def __call__(self, **inputs):
         return self.outputs
 
 
-def trl_dpo(v, name, beta, squares=None, **attributes):
+def trl_dpo(v, name, beta, **attributes):
     """The mean loss of `DPOTrainer._compute_loss` on the six vectors."""
     from trl import DPOTrainer
 
@@ -587,10 +577,8 @@ def trl_dpo(v, name, beta, squares=None, **attributes):
                          torch.cat([v["chosen_lengths"], v["rejected_lengths"]]))
     inputs = {"input_ids": torch.zeros_like(mask), "attention_mask": torch.ones_like(mask), "completion_mask": mask,
               "ref_chosen_logps": v["ref_chosen"], "ref_rejected_logps": v["ref_rejected"]}
-    if squares is not None:
-        squares = spread(squares, torch.cat([v["chosen_lengths"], v["rejected_lengths"]]))[1]
     me = trainer(loss_types=[name], beta=beta, args=SimpleNamespace(discopop_tau=attributes.pop("tau", 0.05)), **attributes)
-    return DPOTrainer._compute_loss(me, Policy(logps, squares), inputs, False)
+    return DPOTrainer._compute_loss(me, Policy(logps), inputs, False)
 
 
 @pytest.fixture(scope="module")
@@ -659,14 +647,6 @@ def test_divergences_equal_trls(trl, name, kind):
     zero = torch.zeros_like(v["ref_chosen"])
     ours = give(name, v | f | {"ref_chosen": zero, "ref_rejected": zero}, beta=0.1).mean()
     same(ours, trl_dpo(v, name, 0.1, f_divergence_type=theirs[kind]), v, dtype)
-
-
-def test_wpo_weights_equal_trls(trl):
-    v = batch(0.1, torch.double, far=False)
-    squares = torch.linspace(-60, -1, 2 * len(v["ref_chosen"]), dtype=torch.double)
-    weights = [losses.wpo_weight(v[k], s, v[n]) for k, s, n in zip(PAIR, squares.chunk(2), LENGTHS, strict=False)]
-    same((give("sigmoid", v, beta=0.1) * weights[0] * weights[1]).mean(),
-         trl_dpo(v, "sigmoid", 0.1, squares, use_weighting=True), v, torch.double)
 
 
 @pytest.mark.parametrize("dtype", [torch.double, torch.float])

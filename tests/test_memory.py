@@ -96,6 +96,14 @@ def test_parts_by_hand():
     assert half["weights"] == 2 * count and half["weights in bfloat16"] == 0 and half["activations"] < got["activations"]
 
 
+def test_a_reference_that_comes_after_training_costs_the_evaluation_alone():
+    model = tiny(**LLAMA, num_tokens=4000, dim=64)
+    needs = {kind: training_memory(model, Workload(2, 16, reference=kind)) for kind in ("none", "late", "asked")}
+    assert needs["late"].parts["reference (after training)"] == needs["asked"].parts["reference"]
+    assert needs["none"].training == needs["late"].training < needs["asked"].training
+    assert needs["none"].evaluation <= needs["late"].evaluation <= needs["asked"].evaluation
+
+
 def test_saved_tensors_are_the_activations():
     """What autograd really keeps of a forward pass on a CPU, byte for byte up to masks and angles."""
     from xalign.logprobs import scored_logprobs

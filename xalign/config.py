@@ -55,12 +55,12 @@ class PreferenceDataOptions:
     """Preference pairs, and the text for the model from scratch."""
 
     dataset: str | None = None
-    """Preference pairs: a file (.jsonl, .json, each also .gz, .parquet), or a name on the Hugging Face hub (owner/name,
-    owner/name:split); none: the embedded toy world."""
+    """Preference pairs, for kto labelled completions as well: a file (.jsonl, .json, each also .gz, .parquet), or a name on
+    the Hugging Face hub (owner/name, owner/name:split); none: the embedded toy world."""
     eval_dataset: str | None = None
     """Held-out pairs, the first 5,000 at most; none: the toy world's, or a seeded tenth of the dataset's prompts."""
     sft_dataset: str | None = None
-    """Text to imitate before alignment; none: the toy world's corpus, or the chosen side of the pairs."""
+    """Text to imitate before alignment; none: the toy world's corpus, or the chosen side of the pairs (the desirable)."""
     columns: tuple[str, ...] = ()
     """Names of the files' columns where they differ from ours: chosen=better rejected=worse. A file that has none of
     them, where another has, is read under ours."""
@@ -80,7 +80,7 @@ class LossOptions:
     """The preference loss."""
 
     loss_type: str = "sigmoid"
-    """Name of the loss, or several: sigmoid,sft (docs/losses.md lists them)."""
+    """Name of the loss, or several: sigmoid,sft (docs/losses.md lists them); kto alone also takes labelled completions."""
     loss_weights: str | None = None
     """What each of several losses counts: 1,0.1; none: 1 each."""
     beta: float | None = None
@@ -91,6 +91,10 @@ class LossOptions:
     """Margin that simpo asks for, >= 0; none: .5."""
     tau: float | None = None
     """How sharply discopop changes from one loss to the other, in (0, 1]; none: .05."""
+    desirable_weight: float | None = None
+    """What a desirable completion counts in kto, >= 0; none: 1."""
+    undesirable_weight: float | None = None
+    """What an undesirable one counts, >= 0; none: 1."""
     f_divergence: Literal["reverse_kl", "forward_kl", "js", "alpha"] = "reverse_kl"
     """Divergence that holds the policy to the reference."""
     f_alpha: float = 0.5
@@ -102,7 +106,8 @@ class LossOptions:
     packed: bool = True
     """Run no padding, and the head for scored tokens alone, in pieces; changes nothing but time and memory."""
     ref_model: str | None = None
-    """Folder of the reference, or its name on the hub; none: a frozen copy of the model before training."""
+    """Folder of the reference, or its name on the hub; none: a frozen copy of the model before training. A loss without
+    reference (simpo, cpo, orpo, sft) keeps none in memory while it trains."""
     precompute_ref_log_probs: bool = True
     """Run the reference over all pairs once, before training."""
     reference_cache: str | None = None

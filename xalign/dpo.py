@@ -62,20 +62,23 @@ def components(loss: str | Callable[..., Tensor] | Sequence[str | Callable[..., 
                given: dict[str, Any]) -> list[Component]:
     """The losses by name ("sigmoid", "sigmoid,sft" or a list) or as functions, each with those hyperparameters that it has.
 
-    `given` None is a loss's own default. Raises `ConfigError` for an unknown name, weights that don't fit, and a hyperparameter
-    that none of them has.
+    `given` None is a loss's own default. Raises `ConfigError` for an unknown name, weights that don't fit, a hyperparameter
+    that none of them has, and for kto, which takes no pairs, among others.
     """
     names: list[Any] = loss.split(",") if isinstance(loss, str) else [loss] if callable(loss) else list(loss)
     weights = [1.0] * len(names) if weights is None else list(weights)
     if len(weights) != len(names) or not all(math.isfinite(w) for w in weights):
         raise ConfigError(f"loss weights are {weights} for {len(names)} losses, allowed is a finite number for each")
     given = {k: v for k, v in given.items() if v is not None}
+    named = LOSSES | {"kto": losses.kto}
     found = []
     for name, weight in zip(names, weights, strict=True):
         name = name.strip() if isinstance(name, str) else name
-        if isinstance(name, str) and name not in LOSSES:
-            raise ConfigError(f"no loss {name!r}{nearest(name, LOSSES)}; allowed are {', '.join(LOSSES)}")
-        function = LOSSES[name] if isinstance(name, str) else name
+        if isinstance(name, str) and name not in named:
+            raise ConfigError(f"no loss {name!r}{nearest(name, named)}; allowed are {', '.join(named)}")
+        function = named[name] if isinstance(name, str) else name
+        if function is losses.kto and len(names) > 1:
+            raise ConfigError(f"the loss is {loss!r}, but kto takes labelled texts and the others pairs: allowed is kto alone")
         takes = set(inspect.signature(function).parameters)
         found.append(Component(function, weight, takes, {k: v for k, v in given.items() if k in takes}))
     for option in given.keys() - {"beta"}:
@@ -97,6 +100,7 @@ class DPO(nn.Module):
     this factor (Liu et al. 2024, LD-DPO, arXiv 2409.06411). `pad_id` marks the outer run of pads as padding; where the pad is
     the EOS token, give masks to the call instead. With `share_prefix` what both sides begin with runs once; with
     `packed` False all rows run as they are, padded, and all logits are made. Neither changes a value beyond rounding.
+    The loss "kto" takes labelled texts instead of calls with pairs (`objectives.KTO`).
     `parameters()`, `named_parameters()` and `state_dict()` are the policy's own.
     """
 
@@ -119,16 +123,23 @@ class DPO(nn.Module):
         self.share_prefix, self.packed = share_prefix, packed
         if divergence != "reverse_kl" and (not self.compares or any(c.function is losses.aot for c in self.components)):
             raise ConfigError(f"divergence is {divergence!r}, but the loss {loss!r} has no log-ratios: allowed is reverse_kl")
+        if self.labelled and (divergence, ld_alpha, reduction) != ("reverse_kl", 1, "sum"):
+            raise ConfigError("the loss kto knows no f_divergence, ld_alpha or per-token means: allowed is to leave them out")
         self.divergence = partial(losses.divergence, kind=divergence, alpha=divergence_alpha)
         self.policy_model = unwrap(model)
         self._reference = (self._freeze(ref_model),)  # in a tuple, so that it is no submodule
-        zero = torch.zeros(1)
-        self.pair_losses(zero, zero, zero, zero, torch.ones(1), torch.ones(1))  # bad hyperparameters are told now
+        zero, one = torch.zeros(1), torch.ones(1)  # bad hyperparameters are told now
+        _ = self.text_losses(zero, zero, one > 0, 0) if self.labelled else self.pair_losses(zero, zero, zero, zero, one, one)
 
     @property
     def compares(self) -> bool:
         """Whether a loss asks for the reference."""
-        return any("ref_chosen" in c.takes for c in self.components)
+        return any(not c.takes.isdisjoint(("ref_chosen", "ref")) for c in self.components)
+
+    @property
+    def labelled(self) -> bool:
+        """Whether the loss is kto, which takes labelled texts and not pairs."""
+        return self.components[0].function is losses.kto
 
     def _freeze(self, ref_model: nn.Module | None) -> nn.Module | None:
         if not self.compares or (ref_model is None and has_lora(self.policy_model)):
@@ -222,6 +233,22 @@ class DPO(nn.Module):
             total = total + c.weight * c.function(**{k: v for k, v in arguments.items() if k in c.takes}, **c.options)
         return total
 
+    def text_losses(self, policy: Tensor, ref: Tensor, labels: Tensor, kl: Tensor | float) -> Tensor:
+        """The weighted loss of each labelled text, (b,), for the loss kto; arguments as in `losses.kto`."""
+        [kto] = self.components
+        return kto.weight * kto.function(policy, ref, labels, kl, **kto.options)
+
+    def rewards(self, policy: Sequence[Tensor], ref: Sequence[Tensor | None], lengths: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Implicit rewards of texts, nats, from log-probabilities (b,) of each side: beta times the log-ratio to the reference.
+
+        Where no loss asks for a reference they are what these losses compare: beta times the mean over tokens, or, for cpo and
+        for losses that read no lengths, times the sum.
+        """
+        if self.compares:
+            return tuple(self.beta * (p - r) for p, r in zip(policy, ref, strict=True))  # type: ignore[operator]
+        sums = any(c.function is losses.cpo or "chosen_lengths" not in c.takes for c in self.components)
+        return tuple(self.beta * (p if sums else p / n) for p, n in zip(policy, lengths, strict=True))
+
     def forward(self, preferred_seq: Tensor, unpreferred_seq: Tensor, *, prompt_mask: Mask | tuple[Mask, Mask] = None,
                 preferred_seq_mask: Mask = None, unpreferred_seq_mask: Mask = None,
                 ref_logps: tuple[Tensor, Tensor] | None = None, tokens_per_pair: float | None = None,
@@ -233,6 +260,8 @@ class DPO(nn.Module):
         reference's summed log-probabilities (b,) of both sides where they are known already; `tokens_per_pair` as above.
         Raises `ValueError` for a row without response tokens.
         """
+        if self.labelled:
+            raise ConfigError("the loss is kto, which takes labelled texts: allowed is objectives.KTO, or a loss of pairs")
         batch: dict[str, Any] = {"prompt_mask": prompt_mask, "preferred_seq_mask": preferred_seq_mask,
                                  "unpreferred_seq_mask": unpreferred_seq_mask}
         chosen, rejected, n_chosen, n_rejected = self.logps(self.policy_model, preferred_seq, unpreferred_seq, **batch)
@@ -248,11 +277,11 @@ class DPO(nn.Module):
         with torch.no_grad():
             metrics = {"logps/chosen": chosen.mean(), "logps/rejected": rejected.mean(),
                        "lengths/chosen": n_chosen.float().mean(), "lengths/rejected": n_rejected.float().mean()}
-            if ref_chosen is not None and ref_rejected is not None:
-                win, lose = self.beta * (chosen - ref_chosen), self.beta * (rejected - ref_rejected)
-                # a tie counts one half, so that the untrained policy starts at .5 and not at 0
-                accuracies = (win > lose).float() + 0.5 * (win == lose).float()
-                metrics |= {"rewards/chosen": win.mean(), "rewards/rejected": lose.mean(),
-                            "rewards/accuracies": accuracies.mean(), "rewards/margins": (win - lose).mean(),
-                            "logps/chosen_change": (chosen - ref_chosen).mean()}  # falls: likelihood displacement
+            win, lose = self.rewards((chosen, rejected), (ref_chosen, ref_rejected), (n_chosen, n_rejected))
+            # a tie counts one half, so that the untrained policy starts at .5 and not at 0
+            accuracies = (win > lose).float() + 0.5 * (win == lose).float()
+            metrics |= {"rewards/chosen": win.mean(), "rewards/rejected": lose.mean(),
+                        "rewards/accuracies": accuracies.mean(), "rewards/margins": (win - lose).mean()}
+            if ref_chosen is not None:
+                metrics["logps/chosen_change"] = (chosen - ref_chosen).mean()  # falls: likelihood displacement
         return loss, {k: v.detach() for k, v in metrics.items()}

@@ -311,12 +311,3 @@ def divergence(log_ratio: Tensor, kind: str = "reverse_kl", alpha: float = 0.5) 
         return log_ratio
     x = power * log_ratio
     return (torch.expm1(x.clamp(max=30)) + math.exp(30) * torch.relu(x - 30)) / power
-
-
-def wpo_weight(policy: Tensor, squares: Tensor, lengths: Tensor) -> Tensor:
-    """How on-policy a text is (Zhou et al. 2024, WPO, arXiv 2406.11827, eq. 2), (b,), detached; both weigh a pair's loss.
-
-    exp((log p(y) - `squares`) / n), where `squares` (b,) sums log sum_v p_v^2 over the text's positions, so that the texts
-    which the policy samples weigh about 1 whatever its entropy.
-    """
-    return torch.exp((policy - squares) / lengths).detach()

@@ -44,7 +44,8 @@ class Workload:
     accumulates: bool = False
     bf16: bool = False
     checkpointing: bool = False
-    reference: str = "none"  # or "idle" (all its log-probabilities are known before training), "asked" (at every step)
+    # or "idle" (all its log-probabilities are known before training), "asked" (at every step), "late" (after training alone)
+    reference: str = "none"
     other: nn.Module | None = None  # the reference, where it is no copy of the policy
     device: str = "cpu"
 
@@ -105,10 +106,11 @@ def training_memory(model: nn.Module, work: Workload) -> Need:
     logits = min(tokens * v, HELD) * 2 * c  # once, and once more for the product that is the head's gradient
 
     reference = (held if work.other is None else size(work.other)) if work.reference != "none" else 0.0
-    beside = 0.0 if work.reference == "idle" and work.device != "cpu" else reference
+    beside = 0.0 if work.reference == "late" or (work.reference == "idle" and work.device != "cpu") else reference
     casts = 2.0 * matrices if autocast else 0.0
+    where = {"none": "", "asked": "", "idle": " (in the host's memory)", "late": " (after training)"}
     parts = {"weights": held, "gradients": held, "optimizer state": 2 * held,
-             "reference" if beside else "reference (in the host's memory)": reference,
+             "reference" + ("" if beside else where[work.reference]): reference,
              "weights in bfloat16": casts, "activations": float(activations + again), "logits": float(logits)}
     program = float(PROGRAM["cpu" if work.device == "cpu" else "cuda"])
     backward = activations + casts + max(logits, again)

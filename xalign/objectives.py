@@ -5,9 +5,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from xalign.data.collate import ExampleBatch, PairBatch
+from xalign.data.collate import ExampleBatch, LabelledBatch, PairBatch
 from xalign.dpo import DPO
 from xalign.logprobs import scored_logprobs
+from xalign.nn.decoding import evaluating
 
 
 class Objective(Protocol):
@@ -23,9 +24,18 @@ class Objective(Protocol):
     def __call__(self, batch: Any, tokens: float | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """The mean loss over the batch, and metrics that average by the same weight; `tokens` is the step's tokens / weight."""
 
+    def told(self, means: dict[str, float]) -> dict[str, float]:
+        """What the log tells of such averages over steps."""
+
+
+def as_they_are(means: dict[str, float]) -> dict[str, float]:
+    return means
+
 
 class SFT:
     """Next-token cross-entropy of the scored tokens, nats a token."""
+
+    told = staticmethod(as_they_are)
 
     def __init__(self, model: nn.Module):
         self.model = model
@@ -48,6 +58,8 @@ class SFT:
 class Preference:
     """The loss of a `DPO` module, nats a pair; `ref_logps` are the reference's (chosen, rejected), by pair index."""
 
+    told = staticmethod(as_they_are)
+
     def __init__(self, dpo: DPO, ref_logps: tuple[Tensor, Tensor] | None = None):
         self.dpo, self.ref_logps = dpo, ref_logps
 
@@ -62,11 +74,81 @@ class Preference:
         return torch.stack((prompt, chosen - prompt, rejected - prompt), 1).tolist()
 
     def __call__(self, batch: PairBatch, tokens: float | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-        known = None
-        if self.ref_logps is not None:
-            known = tuple(t[batch.index.to(t.device)].to(batch.chosen.device) for t in self.ref_logps)
-        return self.dpo(batch.chosen, batch.rejected, **pair_masks(batch), ref_logps=known, tokens_per_pair=tokens,
-                        return_metrics=True)
+        return self.dpo(batch.chosen, batch.rejected, **pair_masks(batch), ref_logps=known_logps(self.ref_logps, batch),
+                        tokens_per_pair=tokens, return_metrics=True)
+
+    @torch.no_grad()
+    def expected(self, batch: PairBatch) -> Tensor:
+        """The loss of a policy that is the reference."""
+        found = self.dpo.logps(self.dpo.policy_model, batch.chosen, batch.rejected, **pair_masks(batch))
+        return self.dpo.pair_losses(*found[:2], *found).mean()
+
+
+class KTO:
+    """The loss kto of a `DPO` module, a labelled text; `ref_logps`: the reference's of (completion, mismatched), by row.
+
+    z0, the policy's drift from the reference, is the mean log-ratio of the batch's *mismatched* completions, at least 0: so
+    another micro-batch (or another number of processes) is another loss. They run without gradient and without dropout.
+    """
+
+    def __init__(self, dpo: DPO, ref_logps: tuple[Tensor, Tensor] | None = None):
+        self.dpo, self.ref_logps = dpo, ref_logps
+
+    def weight(self, batch: LabelledBatch) -> int:
+        return len(batch)
+
+    def tokens(self, batch: LabelledBatch) -> int:
+        return int((batch.chosen_mask & ~batch.chosen_prompt_mask)[:, 1:].sum())
+
+    def lengths(self, batch: LabelledBatch) -> list[list[int]]:
+        prompt, completion = batch.chosen_prompt_mask.sum(1), batch.chosen_mask.sum(1)
+        return torch.stack((prompt, completion - prompt), 1).tolist()
+
+    def __call__(self, batch: LabelledBatch, tokens: float | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        dpo, model = self.dpo, self.dpo.policy_model
+        policy = self._logps(model, batch.chosen, batch.chosen_mask & ~batch.chosen_prompt_mask)
+        with torch.no_grad():  # after the pass with gradients: autocast keeps casts, and those made here would have none
+            with evaluating(model):
+                drift = self._logps(model, batch.rejected, batch.rejected_mask & ~batch.rejected_prompt_mask)
+            known = known_logps(self.ref_logps, batch)
+            if known is None:
+                with dpo.reference() as reference:
+                    known = pair_logps(dpo, reference, batch)
+            kl = (drift - known[1]).mean().clamp(min=0)
+            [reward] = dpo.rewards([policy.detach()], [known[0]], [])
+            metrics = {"kl": kl, "desirable": batch.labels.float().mean()}
+            for side, of in (("chosen", batch.labels), ("rejected", ~batch.labels)):  # over all rows: `told` divides
+                metrics |= {f"rewards/{side}": (reward * of).mean(), f"logps/{side}": (policy.detach() * of).mean()}
+        return dpo.text_losses(policy, known[0], batch.labels, kl).mean(), metrics
+
+    def told(self, means: dict[str, float]) -> dict[str, float]:
+        """TRL's names: means over the desirable and over the undesirable texts, where there were any."""
+        shares = {"chosen": means.get("desirable", 0.0), "rejected": 1 - means.get("desirable", 1.0)}
+        told = {k: v for k, v in means.items() if k != "desirable" and k.split("/")[-1] not in shares}
+        for side, share in shares.items():
+            if share > 1e-9:
+                told |= {f"{what}/{side}": means[f"{what}/{side}"] / share for what in ("rewards", "logps")}
+        if "rewards/chosen" in told and "rewards/rejected" in told:
+            told["rewards/margins"] = told["rewards/chosen"] - told["rewards/rejected"]
+        return told
+
+    @torch.no_grad()
+    def expected(self, batch: LabelledBatch) -> Tensor:
+        """The loss of a policy that is the reference."""
+        equal = torch.zeros(len(batch), device=batch.chosen.device)
+        return self.dpo.text_losses(equal, equal, batch.labels, 0.0).mean()
+
+    def _logps(self, model: nn.Module, tokens: Tensor, loss_mask: Tensor) -> Tensor:
+        logps, scored = scored_logprobs(model, tokens, loss_mask, packed=self.dpo.packed)
+        return logps.masked_fill(~scored, 0.0).sum(1)
+
+
+def known_logps(ref_logps: tuple[Tensor, Tensor] | None, batch: PairBatch) -> tuple[Tensor, Tensor] | None:
+    """The reference's log-probabilities of a batch's rows, where those of all rows are known."""
+    if ref_logps is None:
+        return None
+    chosen, rejected = (t[batch.index.to(t.device)].to(batch.chosen.device) for t in ref_logps)
+    return chosen, rejected
 
 
 def pair_masks(batch: PairBatch) -> dict[str, Any]:

@@ -24,28 +24,32 @@ from xalign.config import PreferenceDataOptions, SFTDataOptions
 from xalign.data import toyworld
 from xalign.data.collate import (
     EncodedExample,
+    EncodedLabelled,
     EncodedPair,
     TruncationMode,
     TruncationReport,
+    encode_labelled,
     encode_pair,
     encode_turns,
+    mismatch,
     mixture,
     truncate_example,
     truncate_pair,
 )
-from xalign.data.records import Example, PreferencePair
-from xalign.data.shapes import ReadReport, pair_to_example
-from xalign.data.sources import columns_by_file, iter_examples, iter_pairs
+from xalign.data.records import Example, Labelled, PreferencePair
+from xalign.data.shapes import ReadReport, pair_to_example, shape_of
+from xalign.data.sources import columns_by_file, iter_examples, iter_labelled, iter_pairs, iter_records
 from xalign.data.store import Store, open_store, write_store
 from xalign.disk import writing
 from xalign.errors import ConfigError, DataError
 from xalign.tokenizers import Tokenizer
 from xalign.watch import truncated, warn
 
-T = TypeVar("T", PreferencePair, Example)
-R = TypeVar("R", EncodedPair, EncodedExample)
+T = TypeVar("T", PreferencePair, Labelled, Example)
+R = TypeVar("R", EncodedPair, EncodedLabelled, EncodedExample)
 Source = Callable[[], Iterator[T]]  # records, read from their files anew at each call
 EMBEDDED = Path(__file__).resolve().parent.parent / "data"
+MISMATCHED = 256  # records in a row among which a mismatched completion is looked for
 HELD_OUT = 5_000  # pairs or examples of an evaluation at most: more only cost time, .7 % is the standard error of an accuracy
 
 
@@ -63,39 +67,53 @@ class Split(Generic[T]):
     held_out: list[T]
 
 
-def preference_data(options: PreferenceDataOptions, seed: int) -> tuple[Split[PreferencePair], Source[Example]]:
-    """Training and held-out pairs, and the examples to imitate before alignment; all files are read and checked once."""
+def preference_data(options: PreferenceDataOptions, seed: int,
+                    labelled: bool = False) -> tuple[Split[Any], Source[Example]]:
+    """Training and held-out pairs, and the examples to imitate before alignment; all files are read and checked once.
+
+    With `labelled` a file may as well hold `Labelled` records (judged by its first), which are then what is given.
+    """
     train_file = options.dataset or str(EMBEDDED / "train.jsonl")
     eval_file = options.eval_dataset or (None if options.dataset else str(EMBEDDED / "test.jsonl"))
     files = [file for file in (train_file, eval_file, options.sft_dataset) if file]
     columns = distributed.once(lambda: columns_by_file(options.columns, files))
 
-    def read(file: str, report: ReadReport | None = None) -> Iterator[PreferencePair]:
-        return iter_pairs(file, identical=options.identical, empty=options.empty, columns=columns[file], report=report)
+    def holds_labels(file: str) -> bool:
+        first = next(iter_records(file, columns[file]), None)
+        return first is not None and shape_of(first[1], first[0])[0] != "pairs"
 
-    def key(pair: PreferencePair) -> int:
-        return key_hash(str(pair.prompt or (pair.chosen, pair.rejected)), seed)
+    labels = {file: labelled and distributed.once(partial(holds_labels, file)) for file in (train_file, eval_file) if file}
 
-    def scan() -> tuple[int, int, list[PreferencePair]]:
+    def read(file: str, report: ReadReport | None = None) -> Iterator[Any]:
+        return (iter_labelled if labels[file] else iter_pairs)(
+            file, identical=options.identical, empty=options.empty, columns=columns[file], report=report)
+
+    def key(record: PreferencePair | Labelled) -> int:
+        replies = record.completion if isinstance(record, Labelled) else (record.chosen, record.rejected)
+        return key_hash(str(record.prompt or replies), seed)
+
+    def scan() -> tuple[int, int, list[Any]]:
         report = ReadReport()
-        keys = array.array("Q", (key(pair) for pair in shown(read(train_file, report), "read")))
+        keys = array.array("Q", (key(record) for record in shown(read(train_file, report), "read")))
         say(f"{train_file}: {report}")
         if eval_file:
             return len(keys), -1, list(itertools.islice(read(eval_file), HELD_OUT))
         last = hold_out(keys, 10)
-        held_out = list(itertools.islice((pair for pair in read(train_file) if key(pair) <= last), HELD_OUT))
-        say(f"{len(held_out):,} pairs are held out for evaluation")
+        held_out = list(itertools.islice((record for record in read(train_file) if key(record) <= last), HELD_OUT))
+        say(f"{len(held_out):,} {'records' if labels[train_file] else 'pairs'} are held out for evaluation")
         return sum(k > last for k in keys), last, held_out
 
     count, last, held_out = distributed.once(scan)
 
-    def train() -> Iterator[PreferencePair]:
-        return (pair for pair in read(train_file) if last < 0 or key(pair) > last)
+    def train() -> Iterator[Any]:
+        return (record for record in read(train_file) if last < 0 or key(record) > last)
 
     def examples() -> Iterator[Example]:
         if options.sft_dataset:
             return iter_examples(options.sft_dataset, every_turn=True, empty=options.empty,
                                  columns=columns[options.sft_dataset])
+        if options.dataset and labels[train_file]:
+            return (Example(r.prompt, r.completion, r.where) for r in train() if r.label)
         if options.dataset:
             return (pair_to_example(pair, every_turn=True) for pair in train())
         # prompts of the toy world are drawn at random, so learning them by heart would only take room
@@ -192,6 +210,32 @@ def encode_pairs(pairs: Iterable[PreferencePair], tokenizer: Tokenizer, max_leng
             yield cut
     if not left:
         raise DataError(f"no pair is left after truncation to {max_length} tokens ({report})")
+
+
+def encode_texts(records: Iterable[Labelled | PreferencePair], tokenizer: Tokenizer, max_length: int, mode: TruncationMode,
+                 report: TruncationReport) -> Iterator[EncodedLabelled]:
+    """Tokenise and truncate labelled completions, and pairs as two of them, and put mismatched completions beside them.
+
+    Those are of the `MISMATCHED` records around, so that records still stream. Raises `DataError` if none is left.
+    """
+    near: list[EncodedLabelled] = []
+    for text in itertools.chain.from_iterable(map(unpaired, records)):
+        cut = truncate_pair(encode_labelled(text, tokenizer), max_length, mode, report)
+        near += [] if cut is None else [cut]
+        if len(near) == 2 * MISMATCHED:  # so that no few are left alone at the end
+            yield from mismatch(near[:MISMATCHED], max_length)
+            near = near[MISMATCHED:]
+    if not near:
+        raise DataError(f"no completion is left after truncation to {max_length} tokens ({report})")
+    yield from mismatch(near, max_length)
+
+
+def unpaired(record: Labelled | PreferencePair) -> list[Labelled]:
+    """A labelled completion, or both of a pair: the chosen desirable, the rejected undesirable."""
+    if isinstance(record, Labelled):
+        return [record]
+    sides = (record.chosen, True), (record.rejected, False)
+    return [Labelled(record.prompt, text, label, record.where) for text, label in sides]
 
 
 def encode_examples(examples: Iterable[Example], tokenizer: Tokenizer, max_length: int, mode: TruncationMode,

@@ -9,12 +9,14 @@ from torch import nn
 from xalign import distributed
 from xalign.checkpoint import outline
 from xalign.config import DPOConfig, SFTConfig
-from xalign.data.records import Example
+from xalign.data.collate import EncodedLabelled
+from xalign.data.records import Example, PreferencePair
+from xalign.dpo import DPO
 from xalign.errors import ConfigError
 from xalign.hf import torch_dtype
 from xalign.memory import Workload, available, training_memory
 from xalign.nn.transformer import TransformerWrapper
-from xalign.prepare import encode_examples, encode_pairs, example_data, in_memory, preference_data
+from xalign.prepare import encode_examples, encode_pairs, encode_texts, example_data, in_memory, preference_data
 from xalign.stages import check_vocabulary, parameter_count, peek, scratch_model, scratch_tokenizer, settle_template, window
 from xalign.tokenizers import Tokenizer, load_tokenizer
 
@@ -25,7 +27,7 @@ def rehearse_sft(config: SFTConfig, device: torch.device) -> None:
     """Show what `xalign sft` would train on and need."""
     data = example_data(config.data, config.training.seed)
     model, tokenizer = shape(config, data.train)
-    settle_template(config.model.model, tokenizer, peek(data, "completion"))
+    settle_template(config.model.model, tokenizer, peek(data))
     length = window(config.data.max_length, model)
     encoded = in_memory(encode_examples, islice(data.train(), LOOKED_AT), tokenizer, length, config.data.truncation_mode,
                         "to imitate")
@@ -36,22 +38,29 @@ def rehearse_sft(config: SFTConfig, device: torch.device) -> None:
 
 def rehearse_dpo(config: DPOConfig, device: torch.device) -> None:
     """Show what `xalign dpo` would train on and need."""
-    data, examples = preference_data(config.data, config.training.seed)
+    loss = DPO(nn.Identity(), beta=None, loss=config.loss.loss_type)
+    data, examples = preference_data(config.data, config.training.seed, loss.labelled)
     model, tokenizer = shape(config, examples)
-    settle_template(config.model.model, tokenizer, peek(data, "chosen"))
+    settle_template(config.model.model, tokenizer, peek(data))
     length = window(config.data.max_length, model)
-    encoded = in_memory(encode_pairs, islice(data.train(), LOOKED_AT), tokenizer, length, config.data.truncation_mode,
-                        "train pairs")
-    print(f"{parameter_count(model):,} parameters, {tokenizer.vocab_size:,} pieces, {data.count:,} pairs; the first:")
-    for side in ("chosen", "rejected"):
+    encode, what = (encode_texts, "texts") if loss.labelled else (encode_pairs, "pairs")
+    encoded = in_memory(encode, islice(data.train(), LOOKED_AT), tokenizer, length, config.data.truncation_mode,
+                        f"train {what}")
+    records = "pairs" if isinstance(data.held_out[0], PreferencePair) else "labelled records"
+    told = {"chosen": "chosen", "rejected": "rejected"}
+    if isinstance(encoded[0], EncodedLabelled):
+        told = {"chosen": "desirable" if encoded[0].label else "undesirable", "rejected": "mismatched, to measure drift"}
+    print(f"{parameter_count(model):,} parameters, {tokenizer.vocab_size:,} pieces, {data.count:,} {records}; the first:")
+    for side, title in told.items():
         prompt, completion = encoded[0].prompt, getattr(encoded[0], side)
-        print(f"\n{side}:")
+        print(f"\n{title}:")
         print(show_record(tokenizer, prompt + completion, [False] * len(prompt) + [True] * len(completion)))
-    reference = "idle" if config.loss.precompute_ref_log_probs else "asked"
+    reference = ("idle" if config.loss.precompute_ref_log_probs else "asked") if loss.compares else "late"
     other = None
     if config.loss.ref_model:
         other = outline(config.loss.ref_model, allow_pickle=config.model.allow_pickle)[0].to(torch_dtype(config.run.dtype))
-    show_memory(config, model, length, max(p.length for p in encoded), 2, reference, device, other)
+    show_memory(config, model, length, max(p.length for p in encoded), 1 if loss.labelled else 2, reference, device,
+                other)
 
 
 def shape(config: DPOConfig | SFTConfig, examples: Callable[[], Iterator[Example]]) -> tuple[TransformerWrapper, Tokenizer]:

@@ -13,7 +13,7 @@ from xalign.config import ModelOptions, RunOptions, SamplingOptions, SFTOptions,
 from xalign.data import toyworld
 from xalign.data.chat_template import DEFAULT_TEMPLATE, ROLE_MARKERS
 from xalign.data.collate import EncodedExample, Schedule, collate_examples
-from xalign.data.records import Text
+from xalign.data.records import PreferencePair, Text
 from xalign.data.store import Store
 from xalign.errors import CheckpointError, ConfigError
 from xalign.evaluation.metrics import mean_nll
@@ -128,9 +128,10 @@ def quantised(model: TransformerWrapper) -> str:
     return f"{', '.join(f'{n} layers {kind}' for kind, n in found.items())}, bf16: {', '.join(rest)}"
 
 
-def peek(data: Split[Any], column: str) -> Iterator[Text]:
-    """The texts of a column in the held-out records and in the first to train on, to tell what kind of data it is."""
-    return (getattr(record, column) for record in chain(data.held_out, islice(data.train(), 100)))
+def peek(data: Split[Any]) -> Iterator[Text]:
+    """Completions of the held-out records and of the first to train on, to tell what kind of data it is."""
+    some = chain(data.held_out, islice(data.train(), 100))
+    return (record.chosen if isinstance(record, PreferencePair) else record.completion for record in some)
 
 
 def settle_template(name: str | None, tokenizer: Tokenizer, texts: Iterable[Text]) -> None:

@@ -15,8 +15,16 @@ from xalign import distributed
 from xalign.checkpoint import load_pretrained, save_pretrained
 from xalign.config import DPOConfig, SFTConfig, flatten
 from xalign.data.chat_template import render_prompt
-from xalign.data.collate import EncodedExample, EncodedPair, Schedule, collate_pairs, encode_pair
-from xalign.data.records import Example, PreferencePair
+from xalign.data.collate import (
+    EncodedExample,
+    EncodedLabelled,
+    EncodedPair,
+    Schedule,
+    collate_labelled,
+    collate_pairs,
+    encode_labelled,
+)
+from xalign.data.records import Example, Labelled, PreferencePair
 from xalign.data.store import Store
 from xalign.dpo import DPO
 from xalign.errors import ConfigError, Diverged
@@ -25,18 +33,20 @@ from xalign.evaluation.metrics import pairs_logps, sample
 from xalign.evaluation.report import write_report
 from xalign.hf import torch_dtype
 from xalign.nn.transformer import TransformerWrapper
-from xalign.objectives import Preference, pair_masks
+from xalign.objectives import KTO, Preference
 from xalign.prepare import (
     Source,
     Split,
     data_digest,
     encode_examples,
     encode_pairs,
+    encode_texts,
     example_data,
     in_memory,
     on_disk,
     preference_data,
     say,
+    unpaired,
 )
 from xalign.reference import reference_logps
 from xalign.runs import CONFIG, SAMPLES, RunFolder, read_json
@@ -59,7 +69,7 @@ from xalign.stages import (
 )
 from xalign.tokenizers import Tokenizer
 from xalign.training import autocast, train
-from xalign.watch import missing_end, sampled_kl, warn
+from xalign.watch import missing_end, sampled_kl, unbalanced, warn
 
 # settings that may differ when a run is resumed: they change nothing in what is computed
 VOLATILE = ("profile", "resume", "overwrite", "dry_run", "report_to", "output_dir", "reference_cache")
@@ -91,8 +101,9 @@ def check(config: Any) -> None:
             raise ConfigError(f"--revision {config.model.revision} goes with --model")
         with torch.device("meta"):
             scratch_model(config.model, config.model.vocab_size, 0)
-    if isinstance(config, DPOConfig):
-        preference(config, nn.Identity())
+    if isinstance(config, DPOConfig) and not preference(config, nn.Identity()).compares and config.loss.ref_model:
+        raise ConfigError(f"--ref-model is {config.loss.ref_model}, but the loss {config.loss.loss_type} asks for no "
+                          "reference: allowed is to leave it out")
 
 
 def refuse_unused(config: Any) -> None:
@@ -131,7 +142,7 @@ def run_sft(config: SFTConfig) -> None:
             start_reporting(config, run)
             data, training = example_data(config.data, config.training.seed), config.training
             model, tokenizer = first_model(config, (e for e in data.train()), device)
-            settle_template(config.model.model, tokenizer, peek(data, "completion"))
+            settle_template(config.model.model, tokenizer, peek(data))
             max_length, mode = window(config.data.max_length, model), config.data.truncation_mode
             examples = on_disk(run.path / "tokens", EncodedExample, encode_examples, data.train, tokenizer, max_length, mode,
                                "to imitate", count=data.count, key=data_key(config, run))
@@ -193,13 +204,14 @@ def run_dpo(config: DPOConfig) -> None:
         else:
             if distributed.once(report.exists):
                 say(f"{policy} is missing although there is a report; it is made again, from a checkpoint where there is one")
-            data, examples = preference_data(config.data, config.training.seed)
+            labelled = preference(config, nn.Identity()).labelled
+            data, examples = preference_data(config.data, config.training.seed, labelled)
             start_reporting(config, run)
             print(prefer(config, run, data, examples, device))
             say(f"report: {report}")
 
 
-def prefer(config: DPOConfig, run: RunFolder, data: Split[PreferencePair], examples: Source[Example],
+def prefer(config: DPOConfig, run: RunFolder, data: Split[Any], examples: Source[Example],
            device: torch.device) -> str:
     """All stages in a run folder; gives the table of the report."""
     started = time.time()
@@ -208,24 +220,30 @@ def prefer(config: DPOConfig, run: RunFolder, data: Split[PreferencePair], examp
     if given is not None and not same_ids(given[1], tokenizer, list(islice(data.train(), 20))):
         raise ConfigError(f"--ref-model {config.loss.ref_model} has another tokenizer than the policy, allowed is the same")
     held_out = data.held_out
-    untrained, gold_known = None, is_toy(p.prompt for p in held_out)
-    if gold_known and not config.model.model:
-        untrained = scratch_model(config.model, tokenizer.vocab_size, config.training.seed).to(device)
     dpo = preference(config, policy, given[0] if given is not None else None)
     max_length, mode = window(config.data.max_length, policy), config.data.truncation_mode
-    eval_pairs = in_memory(encode_pairs, held_out, tokenizer, max_length, mode, "held out pairs")
+    kind, encode, what = (EncodedLabelled, encode_texts, "texts") if dpo.labelled else (EncodedPair, encode_pairs, "pairs")
+    eval_rows = in_memory(encode, held_out, tokenizer, max_length, mode, f"held out {what}")
     finished = run.path / "policy"
     if not distributed.once(finished.exists):
-        train_pairs = on_disk(run.path / "tokens", EncodedPair, encode_pairs, data.train, tokenizer, max_length, mode,
-                              "train pairs", count=data.count, key=data_key(config, run))
-        align(config, run, dpo, tokenizer, train_pairs, eval_pairs, held_out)
+        rows = on_disk(run.path / "tokens", kind, encode, data.train, tokenizer, max_length, mode,
+                       f"train {what}", count=data.count, key=data_key(config, run))
+        align(config, run, dpo, tokenizer, rows, eval_rows, held_out)
         distributed.once(lambda: save_pretrained(policy, finished, tokenizer))
     else:
         policy.load_state_dict(load_pretrained(finished, device=device)[0].state_dict())
     distributed.leave_to_first()
     forget(run, "tokens", "tokens-sft", "reference-logps")
+    if dpo.labelled and isinstance(held_out[0], PreferencePair):  # which tell more as pairs
+        eval_rows = in_memory(encode_pairs, held_out, tokenizer, max_length, mode, "held out pairs")
+    untrained, gold_known = None, is_toy(p.prompt for p in held_out)
+    if gold_known and not config.model.model:
+        untrained = scratch_model(config.model, tokenizer.vocab_size, config.training.seed).to(device)
     e = config.evaluation
-    result = compare(dpo, untrained, tokenizer, held_out, eval_pairs, gold_known=gold_known,
+    # a loss that asks for none, and a policy that plays it itself: the model before alignment is read again
+    reference = load_model(str(run.path / "reference"), config.run.dtype, device)[0] if dpo.ref_model is None else dpo.ref_model
+    assert isinstance(reference, TransformerWrapper)
+    result = compare(dpo, reference, untrained, tokenizer, held_out, eval_rows, gold_known=gold_known,
                      prompts=e.eval_prompts, samples=e.eval_samples, max_new_tokens=e.eval_max_new_tokens,
                      seed=config.training.seed)
     result.numbers["seconds"] = round(time.time() - started, 1)
@@ -240,18 +258,19 @@ def preference(config: DPOConfig, policy: nn.Module, reference: nn.Module | None
         weights = [float(weight) for weight in loss.loss_weights.split(",")] if loss.loss_weights else None
     except ValueError:
         raise ConfigError(f"--loss-weights is {loss.loss_weights}, allowed are numbers with commas between them") from None
+    own = ("gamma", "tau", "desirable_weight", "undesirable_weight")
     return DPO(policy, beta=loss.beta, ref_model=reference, loss=loss.loss_type, label_smoothing=loss.label_smoothing,
-               loss_weights=weights, loss_options={"gamma": loss.gamma, "tau": loss.tau}, divergence=loss.f_divergence,
+               loss_weights=weights, loss_options={name: getattr(loss, name) for name in own}, divergence=loss.f_divergence,
                divergence_alpha=loss.f_alpha, ld_alpha=loss.ld_alpha, share_prefix=loss.share_prefix, packed=loss.packed)
 
 
-def same_ids(one: Tokenizer, other: Tokenizer, pairs: list[PreferencePair]) -> bool:
+def same_ids(one: Tokenizer, other: Tokenizer, records: list[PreferencePair | Labelled]) -> bool:
     """Whether two tokenizers agree, judged by their size and the beginning of the data."""
-    first = [encode_pair(p, t) for t in (one, other) for p in pairs[:20]]
+    first = [encode_labelled(text, t) for t in (one, other) for r in records[:20] for text in unpaired(r)]
     return one.vocab_size == other.vocab_size and first[: len(first) // 2] == first[len(first) // 2 :]
 
 
-def base_model(config: DPOConfig, run: RunFolder, data: Split[PreferencePair], examples: Source[Example],
+def base_model(config: DPOConfig, run: RunFolder, data: Split[Any], examples: Source[Example],
                device: torch.device) -> tuple[TransformerWrapper, Tokenizer]:
     """The model before alignment, kept in <run>/reference: --model, or one trained on `examples` from scratch."""
     saved = run.path / "reference"
@@ -259,7 +278,7 @@ def base_model(config: DPOConfig, run: RunFolder, data: Split[PreferencePair], e
         if not config.model.model:
             say("training a tokenizer and a model from scratch")
         model, tokenizer = first_model(config, (e for e in examples()), device)
-        settle_template(config.model.model, tokenizer, peek(data, "chosen"))
+        settle_template(config.model.model, tokenizer, peek(data))
         if not config.model.model:
             say(f"{parameter_count(model):,} parameters, {tokenizer.vocab_size:,} pieces")
             model.attn_layers.gradient_checkpointing = config.training.gradient_checkpointing
@@ -273,8 +292,8 @@ def base_model(config: DPOConfig, run: RunFolder, data: Split[PreferencePair], e
     return load_model(str(saved), config.run.dtype, device)
 
 
-def align(config: DPOConfig, run: RunFolder, dpo: DPO, tokenizer: Tokenizer, pairs: Store[EncodedPair],
-          eval_pairs: list[EncodedPair], held_out: list[PreferencePair]) -> None:
+def align(config: DPOConfig, run: RunFolder, dpo: DPO, tokenizer: Tokenizer, rows: Store[Any], eval_rows: list[Any],
+          held_out: list[PreferencePair | Labelled]) -> None:
     """Preference training of `dpo.policy_model`, from a checkpoint where there is one."""
     training, options = config.training, loop_options(config.training, config.run)
     policy = dpo.policy_model
@@ -282,23 +301,27 @@ def align(config: DPOConfig, run: RunFolder, dpo: DPO, tokenizer: Tokenizer, pai
     device = policy.token_emb.weight.device
     policy.attn_layers.gradient_checkpointing = training.gradient_checkpointing
     size = training.batch_size
-    order = Schedule(pairs.lengths, size * training.gradient_accumulation_steps, training.seed, rank=distributed.rank(),
+    order = Schedule(rows.lengths, size * training.gradient_accumulation_steps, training.seed, rank=distributed.rank(),
                      world_size=distributed.size())
     steps = count_steps(len(order), training.num_train_epochs, training.max_steps)
     if held_out:
-        warn(missing_end(pairs, render_prompt(tokenizer, held_out[0].prompt).stops))
+        warn(missing_end(rows, render_prompt(tokenizer, held_out[0].prompt).stops))
+    if dpo.labelled:
+        weights = [dpo.components[0].options.get(f"{kind}desirable_weight", 1.0) for kind in ("", "un")]
+        warn(unbalanced(int(rows.labels.sum()), int((~rows.labels).sum()), *weights))
     known = eval_known = None
     with autocast(device, training.bf16):
         if dpo.compares and config.loss.precompute_ref_log_probs:
             folder = Path(config.loss.reference_cache) if config.loss.reference_cache else run.path / "reference-logps"
             with dpo.reference() as reference:
-                known = reference_logps(dpo, reference, pairs, visited(len(pairs), order, steps), tokenizer.pad_id, folder,
+                known = reference_logps(dpo, reference, rows, visited(len(rows), order, steps), tokenizer.pad_id, folder,
                                         bf16=training.bf16, device=device.type, ld_alpha=dpo.ld_alpha)
         if dpo.compares and distributed.rank() == 0:  # which evaluates
             with dpo.reference() as reference:
-                eval_known = pairs_logps(dpo, reference, eval_pairs, tokenizer.pad_id)  # type: ignore[arg-type]
-    objective = Preference(dpo, known)
-    batches = micro_batches(order, size, lambda rows: collate_pairs([pairs[i] for i in rows], tokenizer.pad_id, rows),
+                eval_known = pairs_logps(dpo, reference, eval_rows, tokenizer.pad_id)  # type: ignore[arg-type]
+    objective = KTO(dpo, known) if dpo.labelled else Preference(dpo, known)
+    collate = collate_labelled if dpo.labelled else collate_pairs
+    batches = micro_batches(order, size, lambda batch: collate([rows[i] for i in batch], tokenizer.pad_id, batch),
                             training.micro_batch_tokens)
     if config.loss.ref_model is None:
         check_first_loss(objective, batches(0)[0].to(device), training.bf16)
@@ -308,13 +331,13 @@ def align(config: DPOConfig, run: RunFolder, dpo: DPO, tokenizer: Tokenizer, pai
         texts = [row[0] for row in sample(policy, tokenizer, prompts, 1, config.evaluation.eval_max_new_tokens, step)]
         for prompt, text in zip(prompts, texts, strict=True):
             run.log(SAMPLES, {"step": step, "prompt": prompt_text(prompt), "completion": text.text})
-        if eval_known is None:
-            return {}
         drawn = [(render_prompt(tokenizer, p).ids, list(t.token_ids)) for p, t in zip(prompts, texts, strict=True)]
+        kl: dict[str, float] = {}
         with autocast(device, training.bf16):
-            with dpo.reference() as reference:
-                kl = sampled_kl(policy, reference, drawn)  # type: ignore[arg-type]
-            return kl | quick(dpo, eval_pairs, eval_known, tokenizer.pad_id)
+            if dpo.compares:  # other losses have no reference in memory
+                with dpo.reference() as reference:
+                    kl = sampled_kl(policy, reference, drawn)  # type: ignore[arg-type]
+            return kl | quick(dpo, eval_rows, eval_known, tokenizer.pad_id)
 
     if known is not None and dpo.ref_model is not None:
         dpo.ref_model.to("cpu")  # all that training asks of it is known; its room on a GPU is worth a larger batch
@@ -331,14 +354,11 @@ def visited(pairs: int, order: Schedule, steps: int) -> torch.Tensor:
     return distributed.total(visits) > 0
 
 
-def check_first_loss(objective: Preference, batch: Any, bf16: bool) -> None:
+def check_first_loss(objective: Preference | KTO, batch: Any, bf16: bool) -> None:
     """Policy and reference are equal, so the loss must be what it is for equal log-probabilities: ln 2 for DPO."""
-    dpo = objective.dpo
-    dpo.policy_model.eval()
+    objective.dpo.policy_model.eval()
     with torch.no_grad(), autocast(batch.chosen.device, bf16):
-        first = float(objective(batch)[0])
-        found = dpo.logps(dpo.policy_model, batch.chosen, batch.rejected, **pair_masks(batch))
-        expected = float(dpo.pair_losses(*found[:2], *found).mean())
+        first, expected = float(objective(batch)[0]), float(objective.expected(batch))
     if not abs(first - expected) <= (0.05 if bf16 else 1e-3) * max(1.0, abs(expected)):
         raise Diverged(f"the first loss is {first:.4f} although policy and reference are equal, expected is {expected:.4f}: "
                        "the model gives different log-probabilities for the same tokens")

@@ -183,7 +183,7 @@ def train(model: nn.Module, objective: Objective, batches: Callable[[int], Seque
             if options.profile and not rank:
                 profile.note(done - first, last, pace)
             if (options.logging_steps and done % options.logging_steps == 0) or last:
-                means = window.means()
+                means = objective.told(window.means())
                 line = {**means, **({"skipped": skipped} if options.on_nan == "skip" else {}),
                         "learning_rate": options.learning_rate * factor, **pace.take(),
                         "seconds": round(time.perf_counter() - started, 2)}

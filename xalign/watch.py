@@ -185,6 +185,19 @@ def truncated(report: TruncationReport) -> str:
                                       "larger one, or leave long records out")
 
 
+def unbalanced(desirable: int, undesirable: int, desirable_weight: float, undesirable_weight: float) -> str:
+    """A warning, or "", about labels that kto's weights (desirable, undesirable) leave far from balance.
+
+    The paper (arXiv 2402.01306) advises n_D w_D / (n_U w_U) in [1, 4/3]; from 1/2 to 2 is let pass here.
+    """
+    good, bad = desirable * desirable_weight, undesirable * undesirable_weight
+    if not good or not bad:
+        return f"{desirable:,} texts are desirable, {undesirable:,} undesirable, or a weight is 0: kto needs both kinds"
+    return "" if 0.5 <= good / bad <= 2 else (
+        f"{desirable:,} texts are desirable, {undesirable:,} undesirable, weighted {good / bad:.2g} to 1: for balance try "
+        f"--desirable-weight {bad / desirable:.2g}, or --undesirable-weight {good / undesirable:.2g}")
+
+
 # -- classic mistakes: of a training, by the lines of its log -------------------------------------------------------
 
 

@@ -8,13 +8,13 @@ import itertools
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Literal, Self
+from typing import Literal, Self, TypeVar
 
 import torch
 from torch import Tensor
 
 from xalign.data.chat_template import NotCut, render_completion
-from xalign.data.records import Example, PreferencePair, Text
+from xalign.data.records import Example, Labelled, PreferencePair, Text
 from xalign.errors import ConfigError, DataError
 from xalign.tokenizers import Tokenizer
 
@@ -41,6 +41,13 @@ class EncodedPair:
 
 
 @dataclass(frozen=True)
+class EncodedLabelled(EncodedPair):
+    """A labelled completion as `chosen`, be it good or not, and as `rejected` one that answers another prompt (`mismatch`)."""
+
+    label: bool = True
+
+
+@dataclass(frozen=True)
 class EncodedExample:
     """Ids and which of them are scored; `bos` as in `EncodedPair`."""
 
@@ -55,11 +62,35 @@ class EncodedExample:
         return len(self.ids)
 
 
+AnyPair = TypeVar("AnyPair", EncodedPair, EncodedLabelled)
+
+
 def encode_pair(pair: PreferencePair, tokenizer: Tokenizer, template: str | None = None) -> EncodedPair:
     """Tokenise a pair by `chat_template`'s rule; `template` as in its `render`. Raises `DataError` with `where`."""
     prompt, chosen, _ = _completion(pair.prompt, pair.chosen, pair.where, tokenizer, template)
     _, rejected, _ = _completion(pair.prompt, pair.rejected, pair.where, tokenizer, template)
     return EncodedPair(prompt, chosen, rejected, pair.where, _has_bos(prompt + chosen, pair.prompt, tokenizer))
+
+
+def encode_labelled(labelled: Labelled, tokenizer: Tokenizer) -> EncodedLabelled:
+    """Tokenise a labelled completion as `encode_pair` does; `rejected` is the completion itself, until `mismatch`."""
+    prompt, ids, _ = _completion(labelled.prompt, labelled.completion, labelled.where, tokenizer, None)
+    bos = _has_bos(prompt + ids, labelled.prompt, tokenizer)
+    return EncodedLabelled(prompt, ids, ids, labelled.where, bos, labelled.label)
+
+
+def mismatch(rows: Sequence[EncodedLabelled], max_length: int) -> list[EncodedLabelled]:
+    """The rows in their order, each with the next longer completion of a row with another prompt as `rejected`, cut to fit.
+
+    The longest takes the shortest's. Where there is no other prompt it is just another row's, and of a single row its own.
+    """
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i].chosen))
+    found = list(rows)
+    for at, i in enumerate(order):
+        others = [rows[j] for j in (*order[at + 1 :], *order[:at])]
+        other = next((o for o in others if o.prompt != rows[i].prompt), (*others, rows[i])[0])
+        found[i] = replace(rows[i], rejected=other.chosen[: max_length - len(rows[i].prompt)])
+    return found
 
 
 def encode_example(example: Example, tokenizer: Tokenizer, template: str | None = None) -> EncodedExample:
@@ -124,8 +155,8 @@ class TruncationReport:
 
 
 def truncate_pair(
-    pair: EncodedPair, max_length: int, mode: TruncationMode = "keep_end", report: TruncationReport | None = None
-) -> EncodedPair | None:
+    pair: AnyPair, max_length: int, mode: TruncationMode = "keep_end", report: TruncationReport | None = None
+) -> AnyPair | None:
     """Shorten a pair so that prompt + longer completion ≤ `max_length` tokens; both sides keep one and the same prompt.
 
     `keep_end` cuts the prompt's beginning (but for its BOS, if it has one) down to a quarter of `max_length`, and then,
@@ -226,6 +257,13 @@ class PairBatch(_Batch):
 
 
 @dataclass(frozen=True)
+class LabelledBatch(PairBatch):
+    """Labelled completions as `chosen`, mismatched ones as `rejected`, and `(b,)` bool labels, True where desirable."""
+
+    labels: Tensor
+
+
+@dataclass(frozen=True)
 class ExampleBatch(_Batch):
     """Right-padded ids `(b, n)`, bool masks of real and of scored tokens, and `(b,)` indices of the rows."""
 
@@ -243,6 +281,11 @@ def collate_pairs(pairs: Sequence[EncodedPair], pad_id: int, index: Sequence[int
     chosen_prompt, rejected_prompt = (torch.arange(side.shape[1]) < prompts for side in (chosen, rejected))
     rows = torch.tensor(range(len(pairs)) if index is None else index)
     return PairBatch(chosen, rejected, chosen_mask, rejected_mask, chosen_prompt, rejected_prompt, rows)
+
+
+def collate_labelled(rows: Sequence[EncodedLabelled], pad_id: int, index: Sequence[int] | None = None) -> LabelledBatch:
+    """Pad labelled completions into a batch; `index` as in `collate_pairs`."""
+    return LabelledBatch(**vars(collate_pairs(rows, pad_id, index)), labels=torch.tensor([row.label for row in rows]))
 
 
 def collate_examples(

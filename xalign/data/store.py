@@ -18,18 +18,19 @@ from typing import Any, Generic, TypeVar, overload
 
 import numpy as np
 
-from xalign.data.collate import EncodedExample, EncodedPair
+from xalign.data.collate import EncodedExample, EncodedLabelled, EncodedPair
 from xalign.disk import writing
 
 IDS, LENGTHS, META = "ids.bin", "lengths.bin", "meta.json"
 VERSION = 1  # part of what a store must agree with: raise it when the layout changes
-R = TypeVar("R", EncodedPair, EncodedExample)
+R = TypeVar("R", EncodedPair, EncodedLabelled, EncodedExample)
 
 
 def _parts(row: EncodedPair | EncodedExample) -> tuple[Sequence[int], ...]:
-    """What is written of a row; a mask is told by the lengths of its runs, of which the first is not scored."""
+    """What is written of a row; a mask is told by the lengths of its runs, of which the first is not scored, a label by that
+    of the last part."""
     if isinstance(row, EncodedPair):
-        return row.prompt, row.chosen, row.rejected
+        return row.prompt, row.chosen, row.rejected, *([[0] * row.label] if isinstance(row, EncodedLabelled) else [])
     runs = [(scored, sum(1 for _ in run)) for scored, run in itertools.groupby(row.loss_mask)]
     return row.ids, [0] * bool(runs and runs[0][0]) + [length for _, length in runs]
 
@@ -63,6 +64,12 @@ class Store(Sequence[R], Generic[R]):
         first, rest = self._row_parts[:, 0], self._row_parts[:, 1:]
         return array.array("I", (first if self.kind is EncodedExample else first + rest.max(1)).tobytes())
 
+    @property
+    def labels(self) -> np.ndarray:
+        """Of labelled completions which are desirable, (rows,) bool."""
+        assert self.kind is EncodedLabelled
+        return self._row_parts[:, 3] > 0
+
     def digest(self) -> str:
         """A hash of all rows."""
         whole = hashlib.sha256(self._row_parts.tobytes())
@@ -82,6 +89,8 @@ class Store(Sequence[R], Generic[R]):
         flat = self._ids.read(start, sum(lengths)).tolist()
         ends = list(itertools.accumulate(lengths))
         parts = [flat[end - length : end] for end, length in zip(ends, lengths, strict=True)]
+        if self.kind is EncodedLabelled:
+            return EncodedLabelled(parts[0], parts[1], parts[2], label=bool(parts[3]))  # type: ignore[return-value]
         if self.kind is EncodedPair:
             return EncodedPair(*parts)  # type: ignore[return-value]
         mask = [bool(number % 2) for number, length in enumerate(parts[1]) for _ in range(length)]

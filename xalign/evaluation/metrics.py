@@ -13,7 +13,15 @@ from tqdm import tqdm
 from xalign.backends.base import Completion, SamplingParams
 from xalign.backends.native import NativeBackend
 from xalign.data.chat_template import render_prompt
-from xalign.data.collate import EncodedExample, EncodedPair, ExampleBatch, PairBatch, collate_examples, collate_pairs
+from xalign.data.collate import (
+    EncodedExample,
+    EncodedLabelled,
+    EncodedPair,
+    ExampleBatch,
+    PairBatch,
+    collate_examples,
+    collate_pairs,
+)
 from xalign.data.records import Text
 from xalign.dpo import DPO, unwrap
 from xalign.logprobs import scored_logprobs
@@ -114,11 +122,11 @@ def _chosen_logps(model: TransformerWrapper, pairs: Sequence[EncodedPair], pad_i
 
 
 def perplexity(model: TransformerWrapper, pairs: Sequence[EncodedPair], pad_id: int) -> Estimate:
-    """Perplexity of both completions of held-out pairs given their prompts: exp of nats a token, EOS included."""
-    both = [*pairs, *(EncodedPair(p.prompt, p.rejected, []) for p in pairs)]
-    sums, counts = _chosen_logps(model, both, pad_id)
+    """Perplexity of held-out completions (of pairs: both) given their prompts: exp of nats a token, EOS included."""
     n = len(pairs)
-    return estimate([-(sums[i] + sums[n + i]) for i in range(n)], [counts[i] + counts[n + i] for i in range(n)], np.exp)
+    both = [*pairs, *(EncodedPair(p.prompt, p.rejected, []) for p in pairs if not isinstance(p, EncodedLabelled))]
+    sums, counts = (np.asarray(column).reshape(-1, n).sum(0) for column in _chosen_logps(model, both, pad_id))
+    return estimate(-sums, counts, np.exp)
 
 
 def pairs_logps(dpo: DPO, model: TransformerWrapper, pairs: Sequence[EncodedPair], pad_id: int, size: int = 32,
@@ -153,10 +161,21 @@ def mean_nll(model: nn.Module, examples: Sequence[EncodedExample], pad_id: int) 
     return total / max(1.0, count)
 
 
-def accuracies(policy: tuple[Tensor, Tensor], reference: tuple[Tensor, Tensor]) -> list[float]:
-    """Per pair 1 where the implicit reward prefers the chosen side, 1/2 at a tie, else 0."""
-    margin = (policy[0] - reference[0]) - (policy[1] - reference[1])
-    return ((margin > 0).float() + 0.5 * (margin == 0).float()).tolist()
+def accuracies(chosen: Tensor, rejected: Tensor) -> list[float]:
+    """Per pair 1 where its reward (n,) prefers the chosen side, 1/2 at a tie, else 0."""
+    return ((chosen > rejected).float() + 0.5 * (chosen == rejected).float()).tolist()
+
+
+def label_accuracies(rewards: Tensor, labels: Tensor) -> list[float]:
+    """Per desirable text the share of all undesirable ones that have a lower reward, a tie 1/2; their mean is the AUC.
+
+    `rewards` (n,), `labels` (n,) bool. [] where all labels are the same.
+    """
+    good, bad = rewards[labels], rewards[~labels].sort().values
+    if not len(good) or not len(bad):
+        return []
+    below = torch.searchsorted(bad, good) + torch.searchsorted(bad, good, right=True)
+    return (below / (2 * len(bad))).tolist()
 
 
 def label_noise_share(accuracy: float, limit: float) -> float:

@@ -19,7 +19,10 @@ def write_report(folder: Path, title: str, result: Comparison, settings: dict[st
     write_atomically(folder / "evaluation.json", json.dumps(strict(result.numbers), indent=2) + "\n")
     table = _table(result)
     pictures = draw(folder, result)
-    notes = [f"Perplexity and accuracy are over {result.numbers.get('pairs', 0):,} held-out pairs; samples are drawn for "
+    what = "pairs"
+    if result.labelled:
+        what = "labelled completions, the accuracy over all pairs of a desirable and an undesirable one"
+    notes = [f"Perplexity and accuracy are over {result.numbers.get('pairs', 0):,} held-out {what}; samples are drawn for "
              f"{len(result.prompts):,} of their prompts at temperature 1, unfiltered. In brackets: 95 % intervals, by "
              "bootstrap over prompts. The win rate compares every policy sample with every reference sample of a prompt; "
              "a tie counts one half."]

@@ -1,0 +1,37 @@
+"""Each main loss raises the gold reward of the embedded world with the settings that docs/losses.md documents."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+from demo_losses import ROOT, SETTINGS, align, head, line, make_reference
+
+DOCS = ROOT / "docs/losses.md"
+SHORTER = {"num_train_epochs": 0.5, "eval_prompts": 80, "eval_samples": 2}  # than the table's, to take seconds a loss
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+    """A folder with a reference in it, and with fewer held-out pairs than the embedded world has."""
+    folder = tmp_path_factory.mktemp("losses")
+    (folder / "held-out.jsonl").write_text("".join((ROOT / "data/test.jsonl").open().readlines()[:100]))
+    make_reference(folder / "made", sft_epochs=1.0)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SETTINGS)
+def test_the_loss_raises_the_gold_reward(name, runs):
+    data = {"dataset": str(ROOT / "data/train.jsonl"), "eval_dataset": str(runs / "held-out.jsonl")}
+    numbers = align(name, runs / "made/reference", runs, **data, **SHORTER)
+    assert numbers["gold_policy_interval"][0] > numbers["gold_reference"], line(name, numbers)
+    assert numbers["win_rate_interval"][0] > 0.5, line(name, numbers)
+    assert numbers["well_formed_policy"] > numbers["well_formed_reference"] - 0.15, line(name, numbers)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_the_docs_tell_these_settings(name):
+    table = DOCS.read_text(encoding="utf-8").split("## On the demo")[1].splitlines()
+    assert any(row.startswith(head(name)) for row in table), head(name)
