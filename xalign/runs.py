@@ -15,10 +15,9 @@ from typing import IO, Any
 from torch import nn
 
 from xalign import distributed
-from xalign.checkpoint import load_pretrained, load_state, save_pretrained
+from xalign.checkpoint import frozen_bits, load_trained, save_trained
 from xalign.disk import write_atomically, writing
 from xalign.errors import CheckpointError, XalignError
-from xalign.nn.transformer import TransformerWrapper
 from xalign.tokenizers import Tokenizer
 
 KEPT_CHECKPOINTS = 2  # the newest, and the one before in case the newest is damaged
@@ -136,23 +135,23 @@ class RunFolder:
 
     def _save(self, step: int, model: nn.Module, tokenizer: Tokenizer | None, state: dict[str, Any]) -> Path:
         folder = self.path / f"checkpoint-{step}"
-        save_pretrained(model, folder, tokenizer, state)
+        save_trained(model, folder, tokenizer, state)
         write_atomically(self.path / LATEST, folder.name + "\n")
         for stale in self.checkpoints()[KEPT_CHECKPOINTS:]:
             shutil.rmtree(stale)
         return folder
 
-    def restore(self) -> tuple[TransformerWrapper, dict[str, Any]] | None:
-        """Model and state of the newest usable checkpoint; a damaged one is passed over with a warning.
+    def restore(self, model: nn.Module) -> dict[str, Any] | None:
+        """Put the weights of the newest usable checkpoint on `model`; its state. A damaged one is passed over with a warning.
 
-        Rank 0 decides which one that is, for all.
+        Rank 0 decides which one that is, for all. Raises `CheckpointError` for adapters of other weights than the model's.
         """
-        loaded: list[tuple[TransformerWrapper, dict[str, Any]]] = []
+        loaded: list[dict[str, Any]] = []
 
         def usable() -> Path | None:
             for folder in self.checkpoints():
                 try:
-                    loaded.append((load_pretrained(folder)[0], load_state(folder)))
+                    loaded.append(load_trained(model, folder))
                     return folder
                 except XalignError as error:
                     print(f"warning: {error}; going back to what was before {folder.name}", file=sys.stderr)
@@ -161,7 +160,10 @@ class RunFolder:
         folder = distributed.once(usable)
         if folder is None:
             return None
-        return loaded[0] if loaded else (load_pretrained(folder)[0], load_state(folder))
+        state = loaded[0] if loaded else load_trained(model, folder)
+        if "frozen" in state and state["frozen"] != frozen_bits(model):
+            raise CheckpointError(f"{folder} holds adapters of other weights than the model's, allowed are the same as before")
+        return state
 
     def start_wandb(self, name: str, config: dict[str, Any]) -> None:
         """Log to wandb too; with WANDB_MODE=offline nothing leaves the machine. A resumed run continues its own."""

@@ -12,8 +12,9 @@ import torch
 import torch.nn as nn
 
 from xalign import distributed
-from xalign.checkpoint import load_pretrained, save_pretrained
-from xalign.config import DPOConfig, SFTConfig, flatten
+from xalign.adapters import adapt, save_adapter, unplaced
+from xalign.checkpoint import load_pretrained, outline, save_pretrained
+from xalign.config import DPOConfig, QuantOptions, SFTConfig, flatten
 from xalign.data.chat_template import render_prompt
 from xalign.data.collate import EncodedExample, EncodedPair, Schedule, collate_pairs, encode_pair
 from xalign.data.records import Example, PreferencePair
@@ -24,6 +25,7 @@ from xalign.evaluation.compare import compare, quick
 from xalign.evaluation.metrics import pairs_logps, sample
 from xalign.evaluation.report import write_report
 from xalign.hf import torch_dtype
+from xalign.nn.lora import has_lora, load_lora, lora_state_dict, merge
 from xalign.nn.transformer import TransformerWrapper
 from xalign.objectives import Preference, pair_masks
 from xalign.prepare import (
@@ -51,6 +53,7 @@ from xalign.stages import (
     parameter_count,
     peek,
     prompt_text,
+    quantisation,
     scratch_model,
     scratch_tokenizer,
     settle_template,
@@ -84,13 +87,17 @@ def claim(config: Any, program: str) -> RunFolder:
 
 def check(config: Any) -> None:
     """Refuse before anything is read or trained what could only fail after it."""
+    refuse_half_adapters(config)
     if config.model.model:
         refuse_unused(config)
+        if config.lora.lora_r is not None:
+            given = config.model
+            adapt(outline(str(given.model), allow_pickle=given.allow_pickle, revision=given.revision)[0], config.lora)
     else:
         if config.model.revision is not None:
             raise ConfigError(f"--revision {config.model.revision} goes with --model")
         with torch.device("meta"):
-            scratch_model(config.model, config.model.vocab_size, 0)
+            adapt(scratch_model(config.model, config.model.vocab_size, 0), config.lora)
     if isinstance(config, DPOConfig):
         preference(config, nn.Identity())
 
@@ -105,6 +112,22 @@ def refuse_unused(config: Any) -> None:
     if names:
         raise ConfigError(f"--{names[0].replace('_', '-')} is for a model from scratch, but --model is {config.model.model}: "
                           "allowed is one of them")
+
+
+def refuse_half_adapters(config: DPOConfig | SFTConfig) -> None:
+    """Refuse settings of adapters without adapters: whoever sets one expects them."""
+    quantisation(config.quant)
+    if config.lora.lora_r is not None:
+        if isinstance(config, SFTConfig) and not config.model.model:
+            raise ConfigError(f"--lora-r is {config.lora.lora_r} for a model from scratch, allowed are adapters of a --model")
+        return
+    for flag in ("load_in_8bit", "load_in_4bit"):
+        if getattr(config.quant, flag):
+            raise ConfigError(f"--{flag.replace('_', '-')} without --lora-r: quantised weights can't be trained, allowed is to "
+                              "train adapters (--lora-r 16), or without quantisation")
+    for f in fields(config.lora):
+        if getattr(config.lora, f.name) != f.default:
+            raise ConfigError(f"--{f.name.replace('_', '-')} goes with --lora-r, the adapters' rank")
 
 
 def start_reporting(config: Any, run: RunFolder) -> None:
@@ -137,10 +160,11 @@ def run_sft(config: SFTConfig) -> None:
                                "to imitate", count=data.count, key=data_key(config, run))
             held = in_memory(encode_examples, data.held_out, tokenizer, max_length, mode, "held out")
             model.attn_layers.gradient_checkpointing = training.gradient_checkpointing
+            put_adapters(config, model)
             imitate(model, tokenizer, examples, held, run, loop_options(training, config.run),
                     batch_size=training.batch_size, accumulation=training.gradient_accumulation_steps,
                     epochs=training.num_train_epochs, max_steps=training.max_steps, tokens=training.micro_batch_tokens)
-            distributed.once(lambda: save_pretrained(model, policy, tokenizer))
+            distributed.once(lambda: finish(config, run, model, tokenizer, config.model.model))
         forget(run, "tokens")
         print(policy)
 
@@ -149,17 +173,44 @@ def first_model(config: DPOConfig | SFTConfig, examples: Iterable[Example],
                 device: torch.device) -> tuple[TransformerWrapper, Tokenizer]:
     """--model, or an untrained model of the shape that is set, with a tokenizer of the examples' text."""
     if config.model.model:
-        return given_model(config, config.model.model, device)
+        return given_model(config, config.model.model, device, config.quant if isinstance(config, SFTConfig) else None)
     texts = (t for e in examples for t in (e.prompt, e.completion) if t)
     tokenizer = distributed.once(lambda: scratch_tokenizer(texts, config.model.vocab_size))
     model = scratch_model(config.model, tokenizer.vocab_size, config.training.seed)
     return model.to(device, torch_dtype(config.run.dtype)), tokenizer
 
 
-def given_model(config: DPOConfig | SFTConfig, path: str, device: torch.device) -> tuple[TransformerWrapper, Tokenizer]:
+def given_model(config: DPOConfig | SFTConfig, path: str, device: torch.device,
+                quant: QuantOptions | None = None) -> tuple[TransformerWrapper, Tokenizer]:
     """The model of --model or --ref-model; the revision is --model's."""
     revision = config.model.revision if path == config.model.model else None
-    return load_model(path, config.run.dtype, device, allow_pickle=config.model.allow_pickle, revision=revision)
+    return load_model(path, config.run.dtype, device, allow_pickle=config.model.allow_pickle, revision=revision, quant=quant)
+
+
+def put_adapters(config: DPOConfig | SFTConfig, model: TransformerWrapper) -> None:
+    """Put the adapters on that the settings ask for: from then on they alone are trained."""
+    adapt(model, config.lora, config.training.seed)
+    if has_lora(model):
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        say(f"{trained:,} parameters of adapters are trained, the model's own are frozen")
+
+
+def finish(config: DPOConfig | SFTConfig, run: RunFolder, model: TransformerWrapper, tokenizer: Tokenizer,
+           base: str | None) -> None:
+    """Write <run>/policy. Adapters go to <run>/adapter, as peft has them, and in policy/ they are merged: into the weights, or
+    where these are quantised into those of `base`, loaded anew."""
+    if has_lora(model):
+        if layer := unplaced(model):
+            say(f"there is no {run.path / 'adapter'}: {layer} shares its tensor in a Hugging Face folder with others")
+        else:
+            save_adapter(model, run.path / "adapter", config.model.model or base)
+        if quantisation(config.quant)[0]:
+            assert base is not None
+            say(f"the adapters are merged into the weights of {base} as they were before they were quantised")
+            device = model.token_emb.weight.device
+            model = load_lora(given_model(config, base, device)[0], lora_state_dict(model))
+        merge(model)
+    save_pretrained(model, run.path / "policy", tokenizer)
 
 
 def data_key(config: DPOConfig | SFTConfig, run: RunFolder) -> dict[str, Any]:
@@ -211,6 +262,7 @@ def prefer(config: DPOConfig, run: RunFolder, data: Split[PreferencePair], examp
     untrained, gold_known = None, is_toy(p.prompt for p in held_out)
     if gold_known and not config.model.model:
         untrained = scratch_model(config.model, tokenizer.vocab_size, config.training.seed).to(device)
+    put_adapters(config, policy)
     dpo = preference(config, policy, given[0] if given is not None else None)
     max_length, mode = window(config.data.max_length, policy), config.data.truncation_mode
     eval_pairs = in_memory(encode_pairs, held_out, tokenizer, max_length, mode, "held out pairs")
@@ -219,11 +271,15 @@ def prefer(config: DPOConfig, run: RunFolder, data: Split[PreferencePair], examp
         train_pairs = on_disk(run.path / "tokens", EncodedPair, encode_pairs, data.train, tokenizer, max_length, mode,
                               "train pairs", count=data.count, key=data_key(config, run))
         align(config, run, dpo, tokenizer, train_pairs, eval_pairs, held_out)
-        distributed.once(lambda: save_pretrained(policy, finished, tokenizer))
-    else:
+        distributed.once(lambda: finish(config, run, policy, tokenizer, str(run.path / "reference")))
+    elif config.lora.lora_r is None:
         policy.load_state_dict(load_pretrained(finished, device=device)[0].state_dict())
     distributed.leave_to_first()
     forget(run, "tokens", "tokens-sft", "reference-logps")
+    if config.lora.lora_r is not None:  # from here on the policy is what was written: without adapters, not quantised
+        del policy, dpo
+        reference = given[0] if given is not None else load_pretrained(run.path / "reference", device=device)[0]
+        dpo = preference(config, load_pretrained(finished, device=device)[0], reference)
     e = config.evaluation
     result = compare(dpo, untrained, tokenizer, held_out, eval_pairs, gold_known=gold_known,
                      prompts=e.eval_prompts, samples=e.eval_samples, max_new_tokens=e.eval_max_new_tokens,
@@ -270,7 +326,8 @@ def base_model(config: DPOConfig, run: RunFolder, data: Split[PreferencePair], e
                     sft_loop(config.sft, config.training, config.run), batch_size=config.sft.sft_batch_size,
                     epochs=config.sft.sft_epochs)
         distributed.once(lambda: save_pretrained(model, saved, tokenizer))
-    return load_model(str(saved), config.run.dtype, device)
+        del model
+    return load_model(str(saved), config.run.dtype, device, quant=config.quant)
 
 
 def align(config: DPOConfig, run: RunFolder, dpo: DPO, tokenizer: Tokenizer, pairs: Store[EncodedPair],
@@ -312,9 +369,7 @@ def align(config: DPOConfig, run: RunFolder, dpo: DPO, tokenizer: Tokenizer, pai
             return {}
         drawn = [(render_prompt(tokenizer, p).ids, list(t.token_ids)) for p, t in zip(prompts, texts, strict=True)]
         with autocast(device, training.bf16):
-            with dpo.reference() as reference:
-                kl = sampled_kl(policy, reference, drawn)  # type: ignore[arg-type]
-            return kl | quick(dpo, eval_pairs, eval_known, tokenizer.pad_id)
+            return sampled_kl(policy, dpo.reference, drawn) | quick(dpo, eval_pairs, eval_known, tokenizer.pad_id)
 
     if known is not None and dpo.ref_model is not None:
         dpo.ref_model.to("cpu")  # all that training asks of it is known; its room on a GPU is worth a larger batch

@@ -101,20 +101,17 @@ def train(model: nn.Module, objective: Objective, batches: Callable[[int], Seque
     device = next(model.parameters()).device
     rank = distributed.rank()
     torch.manual_seed(options.seed + 1_000_003 * rank)  # dropout draws of its own on each
-    restored, first, window, skipped, in_row = run.restore(), 0, Window(), 0, 0
-    if restored is not None:
-        model.load_state_dict(restored[0].state_dict())
+    state, first, window, skipped, in_row = run.restore(model), 0, Window(), 0, 0
     optimizer = adamw(model, options.learning_rate, options.weight_decay, (options.adam_beta1, options.adam_beta2),
                       options.adam_epsilon)
-    if restored is not None:
-        state = restored[1]
+    if state is not None:
         optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["rng"][rank].clone())
         if device.type == "cuda" and "cuda_rng" in state:
             torch.cuda.set_rng_state(state["cuda_rng"][rank].clone(), device)
         first, window, (skipped, in_row) = state["step"], Window(state["window"]), state["skipped"]
         print(f"{title}: resumed after step {first} of {total_steps}", file=sys.stderr)
-    run.rewind(first if restored is not None else -1)
+    run.rewind(first if state is not None else -1)
     distributed.check_same_weights(model, f"before step {first + 1}")
 
     def save(step: int) -> str:
