@@ -169,21 +169,30 @@ def save_trained(model: nn.Module, path: str | os.PathLike, tokenizer: Tokenizer
         _save_state(folder, state | {"adapters": lora_state_dict(model), "frozen": frozen_bits(model)})
 
 
-def load_trained(model: nn.Module, path: str | os.PathLike) -> dict[str, Any]:
-    """Put the weights of a checkpoint of `save_trained` on a model of the same shape, and give its state.
+def load_trained(path: str | os.PathLike) -> tuple[TransformerWrapper | Path, dict[str, Any]]:
+    """Model and state of a checkpoint of `save_trained`; of adapters, which are in the state, the folder in the model's place.
 
-    Raises `CheckpointError` or `ConfigError`, before anything is changed, for a damaged folder and for another model's.
+    Raises `CheckpointError` for a damaged folder.
     """
-    if not has_lora(model):
-        weights, state = load_pretrained(path)[0].state_dict(), load_state(path)
-        model.load_state_dict(weights)
-        return state
     state = load_state(path)
-    adapters = state.pop("adapters", {})
-    if not all(bool(t.isfinite().all()) for t in adapters.values()):
+    if "adapters" not in state:
+        return load_pretrained(path)[0], state
+    if not all(bool(t.isfinite().all()) for t in state["adapters"].values()):
         raise CheckpointError(f"{path}: the adapters hold values that are not finite")
-    load_lora(model, adapters)
-    return state
+    return Path(path), state
+
+
+def put_trained(model: nn.Module, found: nn.Module | Path, state: dict[str, Any]) -> None:
+    """Put what `load_trained` found on a model of the same shape; the state lets adapters go.
+
+    Raises `CheckpointError` for adapters of other weights, `ConfigError` for those of another shape.
+    """
+    if isinstance(found, nn.Module):
+        model.load_state_dict(found.state_dict())
+        return
+    if state.pop("frozen") != frozen_bits(model):
+        raise CheckpointError(f"{found} holds adapters of other weights than the model's, allowed are the same as before")
+    load_lora(model, state.pop("adapters"))
 
 
 def frozen_bits(model: nn.Module) -> int:

@@ -15,9 +15,10 @@ from typing import IO, Any
 from torch import nn
 
 from xalign import distributed
-from xalign.checkpoint import frozen_bits, load_trained, save_trained
+from xalign.checkpoint import load_trained, save_trained
 from xalign.disk import write_atomically, writing
 from xalign.errors import CheckpointError, XalignError
+from xalign.nn.transformer import TransformerWrapper
 from xalign.tokenizers import Tokenizer
 
 KEPT_CHECKPOINTS = 2  # the newest, and the one before in case the newest is damaged
@@ -141,17 +142,17 @@ class RunFolder:
             shutil.rmtree(stale)
         return folder
 
-    def restore(self, model: nn.Module) -> dict[str, Any] | None:
-        """Put the weights of the newest usable checkpoint on `model`; its state. A damaged one is passed over with a warning.
+    def restore(self) -> tuple[TransformerWrapper | Path, dict[str, Any]] | None:
+        """Model (of adapters the folder), state of the newest usable checkpoint; a damaged one is passed over with a warning.
 
-        Rank 0 decides which one that is, for all. Raises `CheckpointError` for adapters of other weights than the model's.
+        Rank 0 decides which one that is, for all.
         """
-        loaded: list[dict[str, Any]] = []
+        loaded: list[tuple[TransformerWrapper | Path, dict[str, Any]]] = []
 
         def usable() -> Path | None:
             for folder in self.checkpoints():
                 try:
-                    loaded.append(load_trained(model, folder))
+                    loaded.append(load_trained(folder))
                     return folder
                 except XalignError as error:
                     print(f"warning: {error}; going back to what was before {folder.name}", file=sys.stderr)
@@ -160,10 +161,7 @@ class RunFolder:
         folder = distributed.once(usable)
         if folder is None:
             return None
-        state = loaded[0] if loaded else load_trained(model, folder)
-        if "frozen" in state and state["frozen"] != frozen_bits(model):
-            raise CheckpointError(f"{folder} holds adapters of other weights than the model's, allowed are the same as before")
-        return state
+        return loaded[0] if loaded else load_trained(folder)
 
     def start_wandb(self, name: str, config: dict[str, Any]) -> None:
         """Log to wandb too; with WANDB_MODE=offline nothing leaves the machine. A resumed run continues its own."""

@@ -14,6 +14,7 @@ from torch import nn
 from tqdm import tqdm
 
 from xalign import distributed
+from xalign.checkpoint import put_trained
 from xalign.errors import Diverged, Interrupted
 from xalign.objectives import Objective
 from xalign.optim import adamw, schedule
@@ -101,17 +102,20 @@ def train(model: nn.Module, objective: Objective, batches: Callable[[int], Seque
     device = next(model.parameters()).device
     rank = distributed.rank()
     torch.manual_seed(options.seed + 1_000_003 * rank)  # dropout draws of its own on each
-    state, first, window, skipped, in_row = run.restore(model), 0, Window(), 0, 0
+    restored, first, window, skipped, in_row = run.restore(), 0, Window(), 0, 0
+    if restored is not None:
+        put_trained(model, *restored)
     optimizer = adamw(model, options.learning_rate, options.weight_decay, (options.adam_beta1, options.adam_beta2),
                       options.adam_epsilon)
-    if state is not None:
+    if restored is not None:
+        state = restored[1]
         optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["rng"][rank].clone())
         if device.type == "cuda" and "cuda_rng" in state:
             torch.cuda.set_rng_state(state["cuda_rng"][rank].clone(), device)
         first, window, (skipped, in_row) = state["step"], Window(state["window"]), state["skipped"]
         print(f"{title}: resumed after step {first} of {total_steps}", file=sys.stderr)
-    run.rewind(first if state is not None else -1)
+    run.rewind(first if restored is not None else -1)
     distributed.check_same_weights(model, f"before step {first + 1}")
 
     def save(step: int) -> str:
