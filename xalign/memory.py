@@ -16,8 +16,9 @@ the widths of queries and of keys, P parameters, M those that are matrices, w th
                                     in another layout, P w
 
     adapters (fp32)                 they alone have gradients, 4 bytes a number, and optimizer state, 8; r c a token of
-                                    activations for each, with dropout also its input and a mask; the reference is the model
-                                    without them, until the evaluation at the end, which loads policy and reference whole
+                                    activations for each, with dropout also c an input, and for its mask c (CUDA: 1); the
+                                    reference is the model without them, until the evaluation at the end, which loads policy
+                                    and reference whole
     quantised weights               b / 8 a weight, and 2 an output (int8) or 4 a group (int4); the rest 2 a number; in a
                                     product the largest matrix is unpacked, 4 a number
 
@@ -113,7 +114,7 @@ def training_memory(model: nn.Module, work: Workload) -> Need:
     w = 2 if work.bits else parameters[0].element_size()
     autocast = work.bf16 and w == 4
     c = 2 if autocast else w
-    a = 4 if work.device == "cpu" else c
+    a, mask = (4, c) if work.device == "cpu" else (c, 1)
     embeddings = [m.weight for m in model.modules() if isinstance(m, nn.Embedding)]
     matrices = sum(p.numel() for p in parameters if p.ndim == 2 and not any(p is e for e in embeddings))
     if model.to_logits is None:
@@ -125,7 +126,7 @@ def training_memory(model: nn.Module, work: Workload) -> Need:
     inputs = (3 if autocast else 1) + (2 if autocast and glu else 1)
     layer = (2 * norms * 4 * d + 4 * layers.heads + a * (2 * queries + 2 * keys)
              + c * (inputs * d + queries + (4 if glu else 2) * layers.inner_dim)
-             + sum(c * len(m.lora_a) + (c + 1) * m.in_features * (m.dropout > 0) for m in adapters) / depth)
+             + sum(c * len(m.lora_a) + (c + mask) * m.in_features * (m.dropout > 0) for m in adapters) / depth)
     tokens = work.rows * work.length
     end = tokens * (norms * 4 * d + c * d)
     activations = depth * tokens * (d * w if work.checkpointing else layer) + end
