@@ -130,6 +130,12 @@ class RunFolder:
         found = [(int(m[1]), p) for p in self.path.glob("checkpoint-*") if (m := re.fullmatch(r"checkpoint-(\d+)", p.name))]
         return [p for _, p in sorted(found, reverse=True)]
 
+    def _stale(self, newest: Path) -> list[Path]:
+        """All checkpoints but the one just written and the one before it: later ones were damaged, hence passed over."""
+        found = self.checkpoints()
+        at = found.index(newest)
+        return found[:at] + found[at + KEPT_CHECKPOINTS :]
+
     def save(self, step: int, model: nn.Module, tokenizer: Tokenizer | None, state: dict[str, Any]) -> Path:
         """Write `checkpoint-<step>` whole, point `latest` to it, then drop old ones."""
         return distributed.once(lambda: self._save(step, model, tokenizer, state))
@@ -138,7 +144,7 @@ class RunFolder:
         folder = self.path / f"checkpoint-{step}"
         save_trained(model, folder, tokenizer, state)
         write_atomically(self.path / LATEST, folder.name + "\n")
-        for stale in self.checkpoints()[KEPT_CHECKPOINTS:]:
+        for stale in self._stale(folder):
             shutil.rmtree(stale)
         return folder
 
