@@ -77,11 +77,11 @@ SHAPES = {
     "activations dominate": [[256, 8, 8, 4, 704], 4, 512, 1000, {"reference": "idle"}],
     "bf16 and the reference at every step": [[256, 8, 8, 4, 704], 4, 512, 1000, {"reference": "asked", "bf16": True}],
     "checkpointing": [[256, 8, 8, 4, 704], 4, 512, 1000, {"reference": "idle", "checkpointing": True}],
-    "adapters, weights dominate": [[1024, 6, 16, 4, 2816], 1, 64, 1000, {"reference": "adapters off", "lora": {"rank": 8}}],
-    "adapters, activations dominate": [[256, 8, 8, 4, 704], 4, 512, 1000, {"reference": "adapters off", "lora": {
+    "adapters, weights dominate": [[1024, 6, 16, 4, 2816], 1, 64, 1000, {"reference": "late", "lora": {"rank": 8}}],
+    "adapters, activations dominate": [[256, 8, 8, 4, 704], 4, 512, 1000, {"reference": "late", "lora": {
         "rank": 8, "dropout": 0.1}}],
-    "adapters on int8": [[1024, 12, 16, 4, 2816], 1, 128, 1000, {"reference": "adapters off", "bits": 8, "lora": {"rank": 8}}],
-    "adapters on int4": [[1024, 12, 16, 4, 2816], 1, 128, 1000, {"reference": "adapters off", "bits": 4, "lora": {"rank": 8}}],
+    "adapters on int8": [[1024, 12, 16, 4, 2816], 1, 128, 1000, {"reference": "late", "bits": 8, "lora": {"rank": 8}}],
+    "adapters on int4": [[1024, 12, 16, 4, 2816], 1, 128, 1000, {"reference": "late", "bits": 4, "lora": {"rank": 8}}],
     "accumulation": [[512, 4, 8, 4, 1408], 4, 256, 8000, {"reference": "asked", "accumulates": True}],
 }
 
@@ -121,9 +121,9 @@ def test_parts_with_adapters_by_hand():
     plain = sum(p.numel() for p in tiny(**LLAMA).parameters())
     model = apply_lora(tiny(**LLAMA).to("meta"), 2, targets=("to_q", "down"))
     trained = 2 * 2 * (32 + 32 + 128 + 32)
-    got = parts(model, reference="adapters off")
+    got = parts(model, reference="late")
     assert got["weights"] == 4 * (plain + trained) and got["gradients"] == 4 * trained
-    assert got["optimizer state"] == 8 * trained and not any(n for name, n in got.items() if name.startswith("reference"))
+    assert got["optimizer state"] == 8 * trained and got["reference (after training)"] == 4 * plain
     assert got["activations"] == parts(tiny(**LLAMA))["activations"] + 32 * 2 * 4 * (2 + 2)
     dropped = apply_lora(tiny(**LLAMA).to("meta"), 2, dropout=0.1, targets=("to_q", "down"))
     assert parts(dropped)["activations"] == got["activations"] + 32 * 2 * 8 * (32 + 128)
@@ -141,7 +141,7 @@ def test_the_end_of_a_training_of_adapters_holds_two_whole_models():
     with torch.device("meta"):
         model = TransformerWrapper(num_tokens=100, max_seq_len=64, attn_layers=Decoder(**LLAMA, dim=2048, depth=4, heads=4))
     whole = 4 * sum(p.numel() for p in model.parameters())
-    need = training_memory(apply_lora(model, 2), Workload(2, 16, reference="adapters off", bits=4, device="cuda"))
+    need = training_memory(apply_lora(model, 2), Workload(2, 16, reference="late", bits=4, device="cuda"))
     assert need.training < whole / 2 and 2 * whole < need.evaluation < 2.2 * whole
 
 

@@ -55,7 +55,7 @@ class Workload:
     accumulates: bool = False
     bf16: bool = False
     checkpointing: bool = False
-    # or "idle" (all its log-probabilities are known before training), "asked" (at every step), "adapters off"
+    # or "idle" (all its log-probabilities are known before training), "asked" (at every step), "late" (after training alone)
     reference: str = "none"
     bits: int = 0  # of the frozen weights where they are quantised, 8 or 4
     group: int = 32  # weights that share a scale in 4 bits
@@ -133,12 +133,12 @@ def training_memory(model: nn.Module, work: Workload) -> Need:
     again = tokens * layer if work.checkpointing else 0
     logits = min(tokens * v, HELD) * 2 * c  # once, and once more for the product that is the head's gradient
 
-    absent = work.reference in ("none", "adapters off")
-    reference = 0.0 if absent else size(work.other) if work.other is not None else whole
-    beside = 0.0 if work.reference == "idle" and work.device != "cpu" else reference
+    reference = (whole if work.other is None else size(work.other)) if work.reference != "none" else 0.0
+    beside = 0.0 if work.reference == "late" or (work.reference == "idle" and work.device != "cpu") else reference
     casts = 2.0 * matrices if autocast else 0.0
+    where = {"none": "", "asked": "", "idle": " (in the host's memory)", "late": " (after training)"}
     parts = {"weights": held, "gradients": trained, "optimizer state": 2 * trained,
-             "reference" if beside else "reference (in the host's memory)": reference,
+             "reference" + ("" if beside else where[work.reference]): reference,
              "weights in bfloat16": casts, "activations": float(activations + again), "logits": float(logits)}
     program = float(PROGRAM["cpu" if work.device == "cpu" else "cuda"])
     unpacked = 4.0 * max(p.numel() for p in parameters if p.ndim == 2 and p is not embeddings[0]) if work.bits else 0.0
@@ -147,8 +147,7 @@ def training_memory(model: nn.Module, work: Workload) -> Need:
     scored = min(min(SCORED * work.length, max(2 * work.length, 2 * SCORED_LOGITS // v)) * v, HELD) * c
     cpu = work.device == "cpu"
     sampled = SAMPLED * work.length * 2 * keys * depth * (4 if cpu else w) + (whole if cpu else 0)
-    last = whole + (reference if work.reference != "adapters off" else whole)
-    evaluation = max(held + 2 * trained + reference * (beside > 0) + casts + scored, last + sampled)
+    evaluation = max(held + 2 * trained + reference * (beside > 0) + casts + scored, whole + reference + sampled)
     parts |= {"evaluation (scores, samples)": float(max(scored, sampled)), "torch itself": program}
     return Need(parts, training, evaluation)
 

@@ -62,7 +62,7 @@ def rehearse_dpo(config: DPOConfig, device: torch.device) -> None:
     if config.loss.ref_model:
         other = outline(config.loss.ref_model, allow_pickle=config.model.allow_pickle)[0].to(torch_dtype(config.run.dtype))
     elif config.lora.lora_r is not None:
-        reference = "adapters off"
+        reference = "late"
     show_memory(config, model, length, max(p.length for p in encoded), 2, reference, device, other)
 
 
