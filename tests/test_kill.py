@@ -1,13 +1,17 @@
 """`kill -9` and a full disk: the same command goes on, and ends with the bytes of the run that nobody disturbed."""
 
 import json
+import math
 import os
 import random
 import resource
+import select
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -69,7 +73,8 @@ def without_seconds(path: Path) -> list[dict]:
     return [{k: v for k, v in json.loads(line).items() if k not in TIMED} for line in path.read_text().splitlines()]
 
 
-def assert_same(run: Path, whole: Path) -> None:
+def assert_same(run: Path, whole: Path, stopped: bool = False) -> None:
+    """The same weights, logs and files; a run that was `stopped` by signals kept other checkpoints besides the last."""
     for log in ("metrics.jsonl", "sft/metrics.jsonl"):
         assert without_seconds(run / log) == without_seconds(whole / log), log
     for file in ("samples.jsonl", "reference/model.safetensors", "policy/model.safetensors", "reference/tokenizer.model",
@@ -77,8 +82,9 @@ def assert_same(run: Path, whole: Path) -> None:
         assert (run / file).read_bytes() == (whole / file).read_bytes(), file
     ours, theirs = (json.loads((r / "evaluation.json").read_text()) for r in (run, whole))
     assert {k: v for k, v in ours.items() if k not in TIMED} == {k: v for k, v in theirs.items() if k not in TIMED}
-    names = {str(p.relative_to(run)) for p in run.rglob("*")}
-    assert names == {str(p.relative_to(whole)) for p in whole.rglob("*")}, "something half-written stayed"
+    names, expected = ({str(p.relative_to(r)) for p in r.rglob("*") if not (stopped and "checkpoint-" in str(p.relative_to(r)))}
+                       for r in (run, whole))
+    assert names == expected, "something half-written stayed"
 
 
 MOMENTS = {
@@ -88,7 +94,10 @@ MOMENTS = {
     "after SFT's last step": ("xalign.training", "RunFolder.save", 3, "after"),
     "while SFT's checkpoint is written": ("xalign.weights", "save_file", 2, "before"),
     "while the reference is written": ("xalign.weights", "save_file", 4, "after"),
-    "while the reference scores pairs": ("xalign.train", "pairs_logps", 1, "after"),
+    "while pairs are encoded": ("xalign.prepare", "write_store", 2, "before"),
+    "while the reference runs over all pairs": ("xalign.reference", "pairs_logps", 1, "after"),
+    "before what it gave is saved": ("xalign.reference", "write_atomically", 1, "before"),
+    "while the reference scores held-out pairs": ("xalign.train", "pairs_logps", 1, "after"),
     "before DPO's first step": ("xalign.training", "schedule", 25, "before"),
     "in DPO, before a checkpoint": ("xalign.training", "schedule", 26, "after"),
     "in DPO, after a log line": ("xalign.runs", "RunFolder.log", 14, "after"),
@@ -113,25 +122,91 @@ def test_killed_and_resumed_equals_undisturbed(toy, undisturbed, tmp_path, momen
     assert_same(tmp_path / "run", undisturbed)
 
 
-def test_killed_again_and_again_at_random(toy, undisturbed, tmp_path):
-    draw, kills = random.Random(0), 0
-    command = [sys.executable, "train_dpo.py", "--config", str(toy / "tiny.json"), "--output-dir", str(tmp_path / "run")]
-    for _ in range(12):
-        with subprocess.Popen(command, env=ENVIRONMENT, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
-            while process.stderr.read(1) not in (b"", b":"):  # the first word on stderr: the imports are over
-                pass
-            wait = draw.uniform(0.0, 0.9)
-            try:
-                process.wait(wait)
-                break
-            except subprocess.TimeoutExpired:
-                process.send_signal(signal.SIGKILL)
-                kills += 1
-        time.sleep(0.05)
-    assert kills > 0
-    done = train(toy, tmp_path / "run")
-    assert done.returncode == 0, done.stderr
-    assert_same(tmp_path / "run", undisturbed)
+# A process that has imported everything and forks for each run, so that none waits for the imports again.
+SERVER = """
+import json, os, sys
+import matplotlib.pyplot, sentencepiece, torch
+import xalign.evaluation.report, xalign.train
+from xalign.cli import main
+torch.set_num_threads(1)
+for line in sys.stdin:
+    arguments, log = json.loads(line)
+    child = os.fork()
+    if not child:
+        os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        try:
+            main(arguments, "dpo")
+        except SystemExit as stop:
+            os._exit(stop.code)
+        os._exit(0)
+    print(child, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+class Forks:
+    """Runs of train_dpo.py by `SERVER`, one at a time."""
+
+    def __init__(self, toy: Path):
+        self.toy = toy
+        self.server = subprocess.Popen([sys.executable, "-c", SERVER], env=ENVIRONMENT, cwd=ROOT, text=True,
+                                       stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+    def run(self, folder: Path, *flags: str, kill: int = 0, after: float = math.inf) -> int:
+        """Start, or go on with, the run in `folder`; after so many seconds it gets the signal `kill`. Its exit status."""
+        arguments = ["--config", str(self.toy / "tiny.json"), "--output-dir", str(folder), *flags]
+        self.server.stdin.write(json.dumps([arguments, str(self.toy / "stderr")]) + "\n")
+        self.server.stdin.flush()
+        process = int(self.server.stdout.readline())
+        if not select.select([self.server.stdout], [], [], min(after, 100))[0]:
+            os.kill(process, kill)  # it can't be another's number: nobody has asked how it ended
+        return int(self.server.stdout.readline())
+
+    def last_words(self) -> str:
+        return (self.toy / "stderr").read_text().splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def forks(toy) -> Iterator[Forks]:
+    forks = Forks(toy)
+    yield forks
+    forks.server.kill()
+    forks.server.wait()
+
+
+def test_twenty_kills_at_random(toy, undisturbed, forks, tmp_path):
+    """20 `kill -9`, 2 SIGTERM and 2 Ctrl-C all over a run, and over another where one ends before: the same weights."""
+    draw, began = random.Random(0), time.monotonic()
+    assert forks.run(tmp_path / "0") == 0
+    whole = time.monotonic() - began
+    signals = [signal.SIGKILL] * 20 + [signal.SIGTERM] * 2 + [signal.SIGINT] * 2
+    draw.shuffle(signals)
+    places, number = [], 0
+    while signals:
+        run = tmp_path / str(number)
+        status = forks.run(run, kill=signals[-1], after=draw.uniform(0, 0.6 * whole))
+        if status == 0:
+            assert_same(run, undisturbed, stopped=True)
+            number += 1
+            continue
+        # between its loops a run dies of SIGTERM, in them it saves, and says so by 130
+        allowed = {signal.SIGKILL: (-9,), signal.SIGTERM: (-15, 130), signal.SIGINT: (130,)}[signals.pop()]
+        assert status in allowed, forks.last_words()
+        places.append(stage(run))
+    assert forks.run(run) == 0
+    assert_same(run, undisturbed, stopped=True)
+    print(f"{len(places)} signals in {number + 1} runs of {whole:.1f} s: {dict(Counter(places))}")
+    assert len(set(places)) >= 4, "at several stages"
+
+
+def stage(run: Path) -> str:
+    """How far a run has come, by its files."""
+    if not (run / "reference").exists():
+        return "SFT, after a checkpoint" if list(run.glob("sft/checkpoint-*")) else "tokenizer, encoding, SFT"
+    if (run / "policy").exists():
+        return "evaluation"
+    return "DPO, after a checkpoint" if list(run.glob("checkpoint-*")) else "encoding, reference, DPO"
 
 
 # -- the disk -------------------------------------------------------------------------------------------------------
@@ -184,5 +259,29 @@ def test_a_full_disk(toy, undisturbed, tmp_path):
         again = train(toy, disk / "run")
         assert again.returncode == 0, again.stderr
         assert_same(disk / "run", undisturbed)
+    finally:
+        subprocess.run(["umount", "-l", disk], check=True)
+
+
+def test_a_disk_that_is_too_small_in_every_stage(toy, undisturbed, forks, tmp_path):
+    """It grows a little after each failure, until all is done: nothing half-written is ever taken for whole."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40k", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("only root may mount a small file system, and not in every container")
+    try:
+        places, size = [], 40
+        while forks.run(disk / "run"):
+            last = forks.last_words()
+            assert last.startswith(f"error: {disk}/run") and "No space left on device" in last, last
+            assert not [p for p in (disk / "run").glob("**/.*") if p.name != ".lock"], "what was half-written is gone"
+            if checkpoints := list((disk / "run").glob("checkpoint-*")):
+                assert newest_is_good(disk / "run") == max(int(p.name.split("-")[1]) for p in checkpoints)
+            places.append(stage(disk / "run"))
+            size += 40
+            subprocess.run(["mount", "-o", f"remount,size={size}k", disk], check=True)
+        assert_same(disk / "run", undisturbed)
+        print(f"{len(places)} times full, at last {size} kB: {dict(Counter(places))}")
+        assert len(set(places)) >= 3
     finally:
         subprocess.run(["umount", "-l", disk], check=True)

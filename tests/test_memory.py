@@ -10,9 +10,11 @@ import pytest
 import torch
 from conftest import LLAMA, llama, tiny
 
-from xalign import save_pretrained
+from xalign import Decoder, TransformerWrapper, save_pretrained
 from xalign.cli import main
 from xalign.memory import Need, Workload, available, training_memory
+from xalign.nn.lora import apply_lora
+from xalign.nn.quantize import quantize
 from xalign.tokenizers import ByteTokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -25,6 +27,8 @@ import torch
 from xalign import DPO, Decoder, TransformerWrapper
 from xalign.data.collate import EncodedPair, collate_pairs
 from xalign.memory import Workload, training_memory
+from xalign.nn.lora import apply_lora
+from xalign.nn.quantize import quantize
 from xalign.objectives import Preference
 from xalign.runs import RunFolder
 from xalign.training import LoopOptions, train
@@ -49,11 +53,22 @@ def run(model, pairs, length, known):
 def peak():  # not getrusage's ru_maxrss: that begins with what the parent process had
     return int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 
-run(build(16, 1, 2, 2, 32), 2, 16, False)  # loads what every run loads
+lora, bits = options.pop("lora", None), options.get("bits", 0)
+small = build(16, 1, 2, 2, 32)
+run(apply_lora(small, 2) if lora else small, 2, 16, False)  # loads what every run loads
 before = peak()
 model = build(*shape)
+counted = model
+if lora:
+    with torch.device("meta"):
+        counted = apply_lora(build(*shape), **lora)
+if bits:
+    model = quantize(model, bits)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak forgets the model as it was
+if lora:
+    apply_lora(model, **lora)
 run(model, pairs, length, options["reference"] == "idle")
-print(json.dumps([peak() - before, training_memory(model, Workload(2 * pairs, length, **options)).training]))
+print(json.dumps([peak() - before, training_memory(counted, Workload(2 * pairs, length, **options)).training]))
 """
 # [dim, depth, heads, kv heads, inner], pairs, length, vocabulary, options of Workload
 SHAPES = {
@@ -62,6 +77,11 @@ SHAPES = {
     "activations dominate": [[256, 8, 8, 4, 704], 4, 512, 1000, {"reference": "idle"}],
     "bf16 and the reference at every step": [[256, 8, 8, 4, 704], 4, 512, 1000, {"reference": "asked", "bf16": True}],
     "checkpointing": [[256, 8, 8, 4, 704], 4, 512, 1000, {"reference": "idle", "checkpointing": True}],
+    "adapters, weights dominate": [[1024, 6, 16, 4, 2816], 1, 64, 1000, {"reference": "late", "lora": {"rank": 8}}],
+    "adapters, activations dominate": [[256, 8, 8, 4, 704], 4, 512, 1000, {"reference": "late", "lora": {
+        "rank": 8, "dropout": 0.1}}],
+    "adapters on int8": [[1024, 12, 16, 4, 2816], 1, 128, 1000, {"reference": "late", "bits": 8, "lora": {"rank": 8}}],
+    "adapters on int4": [[1024, 12, 16, 4, 2816], 1, 128, 1000, {"reference": "late", "bits": 4, "lora": {"rank": 8}}],
     "accumulation": [[512, 4, 8, 4, 1408], 4, 256, 8000, {"reference": "asked", "accumulates": True}],
 }
 
@@ -102,6 +122,35 @@ def test_a_reference_that_comes_after_training_costs_the_evaluation_alone():
     assert needs["late"].parts["reference (after training)"] == needs["asked"].parts["reference"]
     assert needs["none"].training == needs["late"].training < needs["asked"].training
     assert needs["none"].evaluation <= needs["late"].evaluation <= needs["asked"].evaluation
+
+
+def test_parts_with_adapters_by_hand():
+    """Rank 2 on queries (32 -> 32) and down (128 -> 32) of 2 layers, on a model of which `plain` numbers are frozen."""
+    plain = sum(p.numel() for p in tiny(**LLAMA).parameters())
+    model = apply_lora(tiny(**LLAMA).to("meta"), 2, targets=("to_q", "down"))
+    trained = 2 * 2 * (32 + 32 + 128 + 32)
+    got = parts(model, reference="late")
+    assert got["weights"] == 4 * (plain + trained) and got["gradients"] == 4 * trained
+    assert got["optimizer state"] == 8 * trained and got["reference (after training)"] == 4 * plain
+    assert got["activations"] == parts(tiny(**LLAMA))["activations"] + 32 * 2 * 4 * (2 + 2)
+    dropped = apply_lora(tiny(**LLAMA).to("meta"), 2, dropout=0.1, targets=("to_q", "down"))
+    assert parts(dropped)["activations"] == got["activations"] + 32 * 2 * 8 * (32 + 128)
+    assert parts(dropped, device="cuda")["activations"] == got["activations"] + 32 * 2 * 5 * (32 + 128)
+    layers = 2 * (4 * 32 * 32 + 3 * 32 * 128)
+    for bits, scales in ((8, 2 * 2 * (5 * 32 + 2 * 128)), (4, 4 * layers / 32)):
+        held = parts(model, bits=bits)["weights"]
+        assert held == layers * bits / 8 + scales + 2 * (plain - layers) + 4 * trained
+        real = apply_lora(quantize(tiny(**LLAMA), bits, head=False), 2, targets=("to_q", "down"))
+        angles = sum(b.nbytes for name, b in tiny(**LLAMA).named_buffers())
+        assert held == sum(t.nbytes for t in (*real.parameters(), *real.buffers())) - angles, "what it really holds"
+
+
+def test_the_end_of_a_training_of_adapters_holds_two_whole_models():
+    with torch.device("meta"):
+        model = TransformerWrapper(num_tokens=100, max_seq_len=64, attn_layers=Decoder(**LLAMA, dim=2048, depth=4, heads=4))
+    whole = 4 * sum(p.numel() for p in model.parameters())
+    need = training_memory(apply_lora(model, 2), Workload(2, 16, reference="late", bits=4, device="cuda"))
+    assert need.training < whole / 2 and 2 * whole < need.evaluation < 2.2 * whole
 
 
 def test_saved_tensors_are_the_activations():

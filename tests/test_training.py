@@ -254,6 +254,20 @@ def test_all_checkpoints_damaged_begins_anew(tmp_path, capsys):
     assert more == lines and same_bits(again, model) and "resumed" not in capsys.readouterr().err
 
 
+def test_the_last_good_checkpoint_is_never_dropped(tmp_path, capsys):
+    """A run that begins anew behind damaged checkpoints, which have larger numbers, keeps what it writes."""
+    model, lines = fit(tmp_path / "a", save_steps=2)
+    killed(tmp_path / "b", stop=7, save_steps=2)
+    for name in ("checkpoint-4", "checkpoint-6"):
+        (tmp_path / "b" / name / "training/state.pt").write_bytes(b"junk")
+    killed(tmp_path / "b", stop=3, save_steps=2)
+    assert [p.name for p in RunFolder(tmp_path / "b").checkpoints()] == ["checkpoint-2"]
+    capsys.readouterr()
+    again, more = fit(tmp_path / "b", save_steps=2)
+    assert "resumed after step 2 of 9" in (told := capsys.readouterr().err) and "warning" not in told
+    assert more == lines and same_bits(again, model)
+
+
 @pytest.mark.parametrize("tail", ['{"step": 4, "lo', "\x00\x00\x00", '{"step": 4, "completion": "\xf0\x9f'])
 def test_a_cut_last_line_of_a_log_is_forgotten(tmp_path, tail):
     _, lines = fit(tmp_path / "a", save_steps=2)

@@ -1,7 +1,9 @@
 """What a training tells: FLOPs, pace, profile, the KL of samples, and the classic mistakes, each where it is made."""
 
+import copy
 import json
 import random
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -10,8 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
+from xalign import DPO
 from xalign.data.collate import EncodedExample, EncodedPair, TruncationReport, collate_examples, collate_pairs
 from xalign.logprobs import token_logprobs
+from xalign.nn.lora import apply_lora
 from xalign.objectives import SFT, Preference
 from xalign.watch import (
     CHECKS,
@@ -74,6 +78,8 @@ def test_pace_is_work_by_time_since_the_last_look():
     pace = Pace(model, peak=1e6)
     tokens, flops = pace.work([[5, 2, 3], [1, 4]])
     assert tokens == 2 * 5 + 2 + 3 + 1 + 4 and flops == 3 * shared_flops(model, [[5, 2, 3], [1, 4]])
+    frozen = Pace(apply_lora(copy.deepcopy(model)), pace.peak).work([[5, 2, 3], [1, 4]])
+    assert frozen == (tokens, 2 * shared_flops(model, [[5, 2, 3], [1, 4]])), "no gradients of weights"
     pace.add(30, 1.5e6, 2.0)
     pace.add(10, 0.5e6, 2.0)
     assert pace.take() == {"tokens_per_second": 10.0, "U": 0.5} and pace.take() == {}
@@ -126,17 +132,27 @@ def test_kl_of_samples_is_the_mean_log_ratio():
         ours, theirs = (token_logprobs(m(ids), ids)[0, len(prompt) - 1 :].sum() for m in (policy.eval(), reference))
         ratios.append(float((ours - theirs).detach()))
     policy.train()
-    assert sampled_kl(policy, reference, samples) == {"eval/kl": pytest.approx(sum(ratios) / 3, abs=1e-5)}
+    assert sampled_kl(policy, lambda: nullcontext(reference), samples) == {"eval/kl": pytest.approx(sum(ratios) / 3, abs=1e-5)}
     assert policy.training and policy.attn_layers.layers[0].attn.training
-    assert sampled_kl(reference, reference, samples) == {"eval/kl": 0.0}
+    assert sampled_kl(reference, lambda: nullcontext(reference), samples) == {"eval/kl": 0.0}
 
 
 def test_kl_leaves_out_what_outgrew_the_window():
     policy, reference = tiny(1, max_seq_len=8), tiny(2, max_seq_len=8)
     whole = ([1, 2, 3], [4, 5, 6, 7, 8])
-    kept = sampled_kl(policy, reference, [whole])
-    assert kept["eval/kl"] != 0 and sampled_kl(policy, reference, [whole, ([1, 2, 3, 4], [4, 5, 6, 7, 8]), ([1], [])]) == kept
-    assert sampled_kl(policy, reference, [([1] * 8, [2])]) == {}
+    kept = sampled_kl(policy, lambda: nullcontext(reference), [whole])
+    more = [whole, ([1, 2, 3, 4], [4, 5, 6, 7, 8]), ([1], [])]
+    assert kept["eval/kl"] != 0 and sampled_kl(policy, lambda: nullcontext(reference), more) == kept
+    assert sampled_kl(policy, lambda: nullcontext(reference), [([1] * 8, [2])]) == {}
+
+
+def test_kl_to_the_policy_without_its_adapters():
+    plain, samples = tiny(**LLAMA), [([1, 2, 3], [4, 5, 6]), ([7], [8])]
+    policy = apply_lora(copy.deepcopy(plain), 2)
+    with torch.no_grad():
+        policy.attn_layers.layers[0].ff.down.lora_b.normal_(std=0.3)
+    found = sampled_kl(policy, DPO(policy).reference, samples)
+    assert found == sampled_kl(policy, lambda: nullcontext(plain), samples) and abs(found["eval/kl"]) > 1e-3
 
 
 # -- mistakes of data -----------------------------------------------------------------------------------------------

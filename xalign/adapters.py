@@ -1,9 +1,11 @@
-"""LoRA adapters in a folder as peft has it: adapter_config.json, and adapter_model.safetensors with Hugging Face's names."""
+"""LoRA adapters as the programs' settings ask for them, and in a folder as peft has it: adapter_config.json, and
+adapter_model.safetensors with Hugging Face's names."""
 
 import json
 import math
 import os
 import re
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -11,11 +13,12 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
-from xalign.checkpoint import _network, _NoDraws, atomic_folder
+from xalign.checkpoint import STATE, _network, _NoDraws, atomic_folder, load_state
+from xalign.config import LoRAOptions
 from xalign.disk import write_atomically
-from xalign.errors import CheckpointError
+from xalign.errors import CheckpointError, ConfigError
 from xalign.hf import to_hf
-from xalign.nn.lora import load_lora, lora_state_dict
+from xalign.nn.lora import apply_lora, load_lora, lora_state_dict
 from xalign.nn.transformer import Decoder, TransformerWrapper
 from xalign.tokenizer_base import read_json
 from xalign.weights import _Reader
@@ -30,6 +33,34 @@ KNOWN = {"task_type", "base_model_name_or_path", "inference_mode", "r", "lora_al
 ALLOWED = {"peft_type": ("LORA",), "bias": ("none",), "init_lora_weights": (True, "gaussian", "orthogonal", "eva")}
 
 
+def adapt(model: nn.Module, options: LoRAOptions, seed: int = 0) -> None:
+    """Put the adapters that the settings ask for on a model; none without `lora_r`. A seed gives the same adapters.
+
+    Layers go by our names or by those of the model's Hugging Face folder (c_proj of GPT-2 is two of ours). Raises `ConfigError`
+    for other names.
+    """
+    if options.lora_r is None:
+        return
+    theirs: dict[str, list[str]] = {"all-linear": []}
+    for ours, name in _names(model).items():
+        theirs.setdefault(name.rpartition(".")[2], []).append(ours.rpartition(".")[2])
+    wanted = options.lora_target_modules
+    targets = [ours for name in wanted for ours in dict.fromkeys(theirs.get(name, [name]))]
+    torch.manual_seed(seed)
+    try:
+        with _NoDraws() if next(model.parameters()).is_meta else nullcontext():
+            apply_lora(model, options.lora_r, options.lora_alpha, options.lora_dropout,
+                       None if not wanted or "all-linear" in wanted else targets, options.use_rslora)
+    except ConfigError as error:
+        raise ConfigError(f"--lora-target-modules: {error}") from None
+
+
+def unplaced(model: nn.Module) -> str:
+    """A layer with an adapter that has no place in peft's folder (see `save_adapter`), or ""."""
+    layers = {name.removesuffix(".scale") for name in lora_state_dict(model) if name.endswith(".scale")}
+    return min(layers - _names(model).keys(), default="")
+
+
 def save_adapter(model: nn.Module, path: str | os.PathLike, base: str | None = None) -> None:
     """Write a model's adapters, whole or not at all; `base` is where the model without them is, a folder or the hub's name.
 
@@ -37,10 +68,10 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, base: str | None = N
     share a tensor with others in the model's Hugging Face folder (GPT-2's and NeoX's queries, keys and values).
     """
     names, state = _names(model), lora_state_dict(model)
-    layers = {name.removesuffix(".scale"): float(scale) for name, scale in state.items() if name.endswith(".scale")}
-    if fused := layers.keys() - names.keys():
-        raise CheckpointError(f"{min(fused)} shares its tensor in a Hugging Face folder with others, and its adapter has no "
+    if fused := unplaced(model):
+        raise CheckpointError(f"{fused} shares its tensor in a Hugging Face folder with others, and its adapter has no "
                               "place there: allowed are adapters of other layers, or to merge")
+    layers = {name.removesuffix(".scale"): float(scale) for name, scale in state.items() if name.endswith(".scale")}
     ranks = {names[layer]: len(state[f"{layer}.lora_a"]) for layer in layers}
     alphas = {names[layer]: scale * ranks[names[layer]] for layer, scale in layers.items()}
     rank, alpha = (next(iter(of.values())) for of in (ranks, alphas))
@@ -62,14 +93,18 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, base: str | None = N
 
 
 def load_adapter(model: nn.Module, path: str | os.PathLike) -> None:
-    """Put a folder's adapters, ours or peft's, on a model, quantised or not, or in the place of those that it has.
+    """Put a folder's adapters on a model, quantised or not, or in the place of those that it has.
 
+    The folder is one of `save_adapter` or of peft, or a checkpoint of a training of adapters.
     Raises `CheckpointError` for a damaged folder and for adapters that are more than W x + s B A x, `ConfigError` for those of
     another model.
     """
     file, config = Path(path) / WEIGHTS, read_json(Path(path) / CONFIG)
+    if not config and (Path(path) / STATE).is_file() and "adapters" in (state := load_state(path)):
+        load_lora(model, state["adapters"])
+        return
     if not config:
-        raise CheckpointError(f"{path}: no {CONFIG} there, allowed is a folder of save_adapter or of peft")
+        raise CheckpointError(f"{path}: no {CONFIG} there, allowed is a folder of adapters: ours, peft's, or a checkpoint")
     for field, value in {"peft_type": "none", **config}.items():
         if value and field not in KNOWN and value not in (allowed := ALLOWED.get(field, (None,))):
             raise CheckpointError(f"{Path(path) / CONFIG}: {field} is {value!r}, allowed is {allowed[0]!r}")

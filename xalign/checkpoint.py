@@ -15,12 +15,12 @@ from safetensors import SafetensorError
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from xalign import hf, hub
+from xalign import distributed, hf, hub
 from xalign.disk import write_atomically, writing
 from xalign.dpo import DPO, unwrap
 from xalign.errors import CheckpointError, ConfigError
 from xalign.families import Layout
-from xalign.nn.lora import has_lora
+from xalign.nn.lora import has_lora, load_lora, lora_state_dict
 from xalign.nn.transformer import TransformerWrapper
 from xalign.tokenizer_base import read_json
 from xalign.tokenizer_json import FILES as TOKENIZER_FILES
@@ -152,9 +152,52 @@ def save_pretrained(model: nn.Module, path: str | os.PathLike, tokenizer: Tokeni
         if tokenizer is not None:
             tokenizer.save(folder)
         if state is not None:
-            (folder / STATE).parent.mkdir()
-            with writing(folder / STATE), open(folder / STATE, "wb") as opened:  # of a path torch won't tell why it failed
-                torch.save(state, opened)
+            _save_state(folder, state)
+
+
+def _save_state(folder: Path, state: dict[str, Any]) -> None:
+    (folder / STATE).parent.mkdir()
+    with writing(folder / STATE), open(folder / STATE, "wb") as opened:  # of a path torch won't tell why it failed
+        torch.save(state, opened)
+
+
+def save_trained(model: nn.Module, path: str | os.PathLike, tokenizer: Tokenizer | None, state: dict[str, Any]) -> None:
+    """Write a checkpoint to go on from: `save_pretrained`'s, or of a model with adapters these and `state` alone."""
+    if not has_lora(model):
+        return save_pretrained(model, path, tokenizer, state)
+    with atomic_folder(path) as folder:
+        _save_state(folder, state | {"adapters": lora_state_dict(model), "frozen": frozen_bits(model)})
+
+
+def load_trained(path: str | os.PathLike) -> tuple[TransformerWrapper | Path, dict[str, Any]]:
+    """Model and state of a checkpoint of `save_trained`; of adapters, which are in the state, the folder in the model's place.
+
+    Raises `CheckpointError` for a damaged folder.
+    """
+    state = load_state(path)
+    if "adapters" not in state:
+        return load_pretrained(path)[0], state
+    if not all(bool(t.isfinite().all()) for t in state["adapters"].values()):
+        raise CheckpointError(f"{path}: the adapters hold values that are not finite")
+    return Path(path), state
+
+
+def put_trained(model: nn.Module, found: nn.Module | Path, state: dict[str, Any]) -> None:
+    """Put what `load_trained` found on a model of the same shape; the state lets adapters go.
+
+    Raises `CheckpointError` for adapters of other weights, `ConfigError` for those of another shape.
+    """
+    if isinstance(found, nn.Module):
+        model.load_state_dict(found.state_dict())
+        return
+    if state.pop("frozen") != frozen_bits(model):
+        raise CheckpointError(f"{found} holds adapters of other weights than the model's, allowed are the same as before")
+    load_lora(model, state.pop("adapters"))
+
+
+def frozen_bits(model: nn.Module) -> int:
+    """A sum that tells apart the weights under adapters (of a quantised model what stayed plain: packing differs by CPU)."""
+    return distributed.checksum([p for p in model.parameters() if not p.requires_grad])
 
 
 def load_state(path: str | os.PathLike) -> dict[str, Any]:
@@ -169,7 +212,7 @@ class _NoDraws(TorchFunctionMode):
     """Leave new weights as they are: on the meta device torch draws through sympy, 0.7 s and 80 MB for nothing."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return kwargs["tensor"] if func is nn.init.normal_ else func(*args, **(kwargs or {}))
+        return kwargs["tensor"] if func in (nn.init.normal_, nn.init.kaiming_uniform_) else func(*args, **(kwargs or {}))
 
 
 def load_pretrained(path: str | os.PathLike, dtype: str | torch.dtype | None = None,

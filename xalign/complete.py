@@ -5,12 +5,14 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from xalign.adapters import load_adapter
 from xalign.backends.base import SamplingParams
 from xalign.backends.native import NativeBackend
 from xalign.config import GenerateConfig, PromptOptions
 from xalign.data.records import Message, Text
 from xalign.data.sources import read_prompts
 from xalign.errors import ConfigError, DataError
+from xalign.nn.lora import merge
 from xalign.prepare import say
 from xalign.stages import choose_device, load_model, prompt_text
 
@@ -21,7 +23,10 @@ def run_generate(config: GenerateConfig) -> None:
     params = SamplingParams(**{name: getattr(draw, name) for name in SamplingParams.__dataclass_fields__})
     prompts = [as_prompt(p, options, f"prompt {i}") for i, p in enumerate(gather(options), 1)]
     model, tokenizer = load_model(options.model, draw.dtype, choose_device(draw.device), allow_pickle=options.allow_pickle,
-                                  revision=options.revision, sampling=draw)
+                                  revision=options.revision, quant=draw)
+    if options.adapter is not None:
+        load_adapter(model, options.adapter)
+        model.eval() if draw.load_in_8bit or draw.load_in_4bit else merge(model)  # merged it is as fast as without
     if not tokenizer.chat_template and not all(isinstance(prompt, str) for prompt in prompts):
         say(f"{options.model} has no chat template: xalign's own is used")
     backend = NativeBackend(model, tokenizer, draw.batch_size, draw.cache_tokens)

@@ -116,6 +116,46 @@ class LossOptions:
 
 
 @dataclass(frozen=True)
+class LoRAOptions:
+    """Adapters (LoRA) that are trained in the place of the weights."""
+
+    lora_r: int | None = None
+    """Rank of the adapters; none: all weights are trained. Use a higher rate than for these, 1e-5 to 2e-4."""
+    lora_alpha: float = 32.0
+    """An adapter counts alpha / r."""
+    lora_dropout: float = 0.0
+    """Dropout of an adapter's input, in training."""
+    lora_target_modules: tuple[str, ...] = ()
+    """Layers with adapters: to_q, to_k, to_v, to_out, gate, up, down, or the model's own names (q_proj); none, or
+    all-linear: all of them."""
+    use_rslora: bool = False
+    """An adapter counts alpha / sqrt(r) (rsLoRA)."""
+
+
+@dataclass(frozen=True)
+class QuantOptions:
+    """Weights in 8 or 4 bits; of a training the frozen ones, under adapters."""
+
+    load_in_8bit: bool = False
+    """Quantise the layers' weights to int8 after loading; the rest becomes bfloat16."""
+    load_in_4bit: bool = False
+    """The same to 4 bits."""
+    quant_type: Literal["int4", "nf4"] = "int4"
+    """Kind of 4 bits: torch's own kernels, or bitsandbytes' NF4."""
+    quant_group_size: int | None = None
+    """Weights that share a scale in 4 bits: 32, 64, 128 or 256 (nf4: 64 to 4096); none: the smallest."""
+    quant_head: bool = True
+    """Quantise the head too; one that is tied to the embedding never is."""
+
+    def __post_init__(self) -> None:
+        if self.load_in_8bit and self.load_in_4bit:
+            raise ConfigError("load_in_8bit and load_in_4bit are both given, allowed is one of them")
+        for name in ("quant_type", "quant_group_size"):
+            if getattr(self, name) not in ("int4", None) and not self.load_in_4bit:
+                raise ConfigError(f"{name} is {getattr(self, name)}, which goes with load_in_4bit")
+
+
+@dataclass(frozen=True)
 class TrainingOptions:
     """The training loop."""
 
@@ -209,6 +249,8 @@ class DPOConfig:
     sft: SFTOptions = field(default_factory=SFTOptions)
     data: PreferenceDataOptions = field(default_factory=PreferenceDataOptions)
     loss: LossOptions = field(default_factory=LossOptions)
+    lora: LoRAOptions = field(default_factory=LoRAOptions)
+    quant: QuantOptions = field(default_factory=lambda: QuantOptions(quant_head=False))
     training: TrainingOptions = field(default_factory=TrainingOptions)
     run: RunOptions = field(default_factory=RunOptions)
     evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
@@ -243,6 +285,8 @@ class SFTConfig:
 
     model: ModelOptions = field(default_factory=ModelOptions)
     data: SFTDataOptions = field(default_factory=SFTDataOptions)
+    lora: LoRAOptions = field(default_factory=LoRAOptions)
+    quant: QuantOptions = field(default_factory=lambda: QuantOptions(quant_head=False))
     training: TrainingOptions = field(
         default_factory=lambda: TrainingOptions(learning_rate=4e-3, batch_size=24, warmup_steps=50))
     run: RunOptions = field(default_factory=RunOptions)
@@ -256,6 +300,8 @@ class PromptOptions:
     """Folder of a trained model, or its name on the Hugging Face hub."""
     revision: str | None = None
     """Branch, tag or commit of a model from the hub; none: its main branch."""
+    adapter: str | None = None
+    """Folder of LoRA adapters of this model: a run's adapter/ or a checkpoint of it, or peft's."""
     allow_pickle: bool = False
     """Also load a model whose weights are pickled (by torch's weights_only reader)."""
     prompt: str | None = None
@@ -271,7 +317,7 @@ class PromptOptions:
 
 
 @dataclass(frozen=True)
-class SamplingOptions(SamplingParams):
+class SamplingOptions(QuantOptions, SamplingParams):
     """How to draw; without any of these: temperature 1, unfiltered."""
 
     batch_size: int = 64
@@ -282,24 +328,10 @@ class SamplingOptions(SamplingParams):
     """cpu, cuda, ...; none: a GPU where there is one."""
     dtype: str | None = None
     """float32, bfloat16, float16; none: the checkpoint's."""
-    load_in_8bit: bool = False
-    """Quantise the layers' weights to int8 after loading; the rest becomes bfloat16."""
-    load_in_4bit: bool = False
-    """The same to 4 bits."""
-    quant_type: Literal["int4", "nf4"] = "int4"
-    """Kind of 4 bits: torch's own kernels, or bitsandbytes' NF4."""
-    quant_group_size: int | None = None
-    """Weights that share a scale in 4 bits: 32, 64, 128 or 256 (nf4: 64 to 4096); none: the smallest."""
-    quant_head: bool = True
-    """Quantise the head too; one that is tied to the embedding never is."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.load_in_8bit and self.load_in_4bit:
-            raise ConfigError("load_in_8bit and load_in_4bit are both given, allowed is one of them")
-        for name in ("quant_type", "quant_group_size"):
-            if getattr(self, name) not in ("int4", None) and not self.load_in_4bit:
-                raise ConfigError(f"{name} is {getattr(self, name)}, which goes with load_in_4bit")
+        SamplingParams.__post_init__(self)
+        QuantOptions.__post_init__(self)
 
 
 @dataclass(frozen=True)

@@ -174,14 +174,18 @@ def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
             bucket = []
 
 
+def checksum(tensors: Iterable[Tensor]) -> int:
+    """A sum over the bits of tensors; 0 of none."""
+    whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    sums = [t.detach().flatten().view(whole[t.element_size()]).sum(dtype=torch.int64).cpu() for t in tensors]
+    return sum(i * int(s) for i, s in enumerate(sums, 1)) % 2**63  # by place, so that two tensors that changed theirs are seen
+
+
 def check_same_weights(model: nn.Module, when: str) -> None:
     """Raise `CheckpointError` unless all processes hold the same weights, bit for bit (judged by a sum over the bits)."""
     if size() == 1:
         return
-    whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-    sums = [p.detach().flatten().view(whole[p.element_size()]).sum(dtype=torch.int64) for p in model.parameters()]
-    factors = torch.arange(1, len(sums) + 1)  # so that two tensors that changed places are seen
-    checks = gathered((torch.stack(sums).cpu() * factors).sum()).tolist()
+    checks = gathered(torch.tensor(checksum(model.parameters()))).tolist()
     odd = [i for i, check in enumerate(checks) if check != checks[0]]
     if odd:
         raise CheckpointError(f"{when} rank {odd[0]} has other weights than rank 0: allowed are the same files, seed and "

@@ -25,9 +25,9 @@ BLOCK = 8192  # pairs after which what is known is saved: an interrupted pass lo
 def cache_key(model: nn.Module, pairs: Store[EncodedPair], **settings: Any) -> str:
     """A hash of weights (with dtypes, without LoRA adapters), tokens (as they were cut), versions, and all `settings`."""
     whole = hashlib.sha256(f"{VERSION} {__version__} {torch.__version__} {sorted(settings.items())}".encode())
-    for name, tensor in sorted({**dict(model.named_parameters()), **dict(model.named_buffers())}.items()):
-        if name.endswith((".lora_a", ".lora_b")):
-            continue
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    for name, tensor in sorted((name.replace(".base.", "."), tensor) for name, tensor in tensors.items()
+                               if not name.endswith((".lora_a", ".lora_b"))):
         whole.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         whole.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     whole.update(pairs.digest().encode())

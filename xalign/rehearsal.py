@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from xalign import distributed
+from xalign.adapters import adapt
 from xalign.checkpoint import outline
 from xalign.config import DPOConfig, SFTConfig
 from xalign.data.collate import EncodedLabelled
@@ -17,7 +18,16 @@ from xalign.hf import torch_dtype
 from xalign.memory import Workload, available, training_memory
 from xalign.nn.transformer import TransformerWrapper
 from xalign.prepare import encode_examples, encode_pairs, encode_texts, example_data, in_memory, preference_data
-from xalign.stages import check_vocabulary, parameter_count, peek, scratch_model, scratch_tokenizer, settle_template, window
+from xalign.stages import (
+    check_vocabulary,
+    parameter_count,
+    peek,
+    quantisation,
+    scratch_model,
+    scratch_tokenizer,
+    settle_template,
+    window,
+)
 from xalign.tokenizers import Tokenizer, load_tokenizer
 
 LOOKED_AT = 2_000  # records that are encoded, to tell what truncation costs
@@ -31,7 +41,7 @@ def rehearse_sft(config: SFTConfig, device: torch.device) -> None:
     length = window(config.data.max_length, model)
     encoded = in_memory(encode_examples, islice(data.train(), LOOKED_AT), tokenizer, length, config.data.truncation_mode,
                         "to imitate")
-    print(f"{parameter_count(model):,} parameters, {tokenizer.vocab_size:,} pieces; first of {data.count:,} records:")
+    print(f"{counted(config, model)}, {tokenizer.vocab_size:,} pieces; first of {data.count:,} records:")
     print(show_record(tokenizer, encoded[0].ids, encoded[0].loss_mask))
     show_memory(config, model, length, max(e.length for e in encoded), 1, "none", device)
 
@@ -50,7 +60,7 @@ def rehearse_dpo(config: DPOConfig, device: torch.device) -> None:
     told = {"chosen": "chosen", "rejected": "rejected"}
     if isinstance(encoded[0], EncodedLabelled):
         told = {"chosen": "desirable" if encoded[0].label else "undesirable", "rejected": "mismatched, to measure drift"}
-    print(f"{parameter_count(model):,} parameters, {tokenizer.vocab_size:,} pieces, {data.count:,} {records}; the first:")
+    print(f"{counted(config, model)}, {tokenizer.vocab_size:,} pieces, {data.count:,} {records}; the first:")
     for side, title in told.items():
         prompt, completion = encoded[0].prompt, getattr(encoded[0], side)
         print(f"\n{title}:")
@@ -59,8 +69,18 @@ def rehearse_dpo(config: DPOConfig, device: torch.device) -> None:
     other = None
     if config.loss.ref_model:
         other = outline(config.loss.ref_model, allow_pickle=config.model.allow_pickle)[0].to(torch_dtype(config.run.dtype))
+    elif config.lora.lora_r is not None:
+        reference = "late"
     show_memory(config, model, length, max(p.length for p in encoded), 1 if loss.labelled else 2, reference, device,
                 other)
+
+
+def counted(config: DPOConfig | SFTConfig, model: TransformerWrapper) -> str:
+    """The model's parameters in words; puts adapters on it where they are what is trained."""
+    whole = f"{parameter_count(model):,} parameters"
+    adapt(model, config.lora)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return whole if config.lora.lora_r is None else f"{whole} and {trained:,} of adapters, which are trained"
 
 
 def shape(config: DPOConfig | SFTConfig, examples: Callable[[], Iterator[Example]]) -> tuple[TransformerWrapper, Tokenizer]:
@@ -95,9 +115,10 @@ def show_memory(config: DPOConfig | SFTConfig, model: TransformerWrapper, length
                 reference: str, device: torch.device, other: nn.Module | None = None) -> None:
     """The table of `memory`, for the batch as it may become at worst."""
     t = config.training
+    bits, _, group = quantisation(config.quant, device)
     work = Workload(rows=sides * t.batch_size, length=length, accumulates=t.gradient_accumulation_steps > 1, bf16=t.bf16,
                     checkpointing=t.gradient_checkpointing, reference=reference, other=other,
-                    device=device.type)
+                    device=device.type, bits=bits, group=group)
     print(f"\nMemory a device, in GB, for {t.batch_size} records of {length} tokens (the longest of the first "
           f"{LOOKED_AT:,} has {longest}):")
     print(training_memory(model, work).table(*available(device)))

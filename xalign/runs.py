@@ -15,7 +15,7 @@ from typing import IO, Any
 from torch import nn
 
 from xalign import distributed
-from xalign.checkpoint import load_pretrained, load_state, save_pretrained
+from xalign.checkpoint import load_trained, save_trained
 from xalign.disk import write_atomically, writing
 from xalign.errors import CheckpointError, XalignError
 from xalign.nn.transformer import TransformerWrapper
@@ -130,29 +130,35 @@ class RunFolder:
         found = [(int(m[1]), p) for p in self.path.glob("checkpoint-*") if (m := re.fullmatch(r"checkpoint-(\d+)", p.name))]
         return [p for _, p in sorted(found, reverse=True)]
 
+    def _stale(self, newest: Path) -> list[Path]:
+        """All checkpoints but the one just written and the one before it: later ones were damaged, hence passed over."""
+        found = self.checkpoints()
+        at = found.index(newest)
+        return found[:at] + found[at + KEPT_CHECKPOINTS :]
+
     def save(self, step: int, model: nn.Module, tokenizer: Tokenizer | None, state: dict[str, Any]) -> Path:
         """Write `checkpoint-<step>` whole, point `latest` to it, then drop old ones."""
         return distributed.once(lambda: self._save(step, model, tokenizer, state))
 
     def _save(self, step: int, model: nn.Module, tokenizer: Tokenizer | None, state: dict[str, Any]) -> Path:
         folder = self.path / f"checkpoint-{step}"
-        save_pretrained(model, folder, tokenizer, state)
+        save_trained(model, folder, tokenizer, state)
         write_atomically(self.path / LATEST, folder.name + "\n")
-        for stale in self.checkpoints()[KEPT_CHECKPOINTS:]:
+        for stale in self._stale(folder):
             shutil.rmtree(stale)
         return folder
 
-    def restore(self) -> tuple[TransformerWrapper, dict[str, Any]] | None:
-        """Model and state of the newest usable checkpoint; a damaged one is passed over with a warning.
+    def restore(self) -> tuple[TransformerWrapper | Path, dict[str, Any]] | None:
+        """Model (of adapters the folder), state of the newest usable checkpoint; a damaged one is passed over with a warning.
 
         Rank 0 decides which one that is, for all.
         """
-        loaded: list[tuple[TransformerWrapper, dict[str, Any]]] = []
+        loaded: list[tuple[TransformerWrapper | Path, dict[str, Any]]] = []
 
         def usable() -> Path | None:
             for folder in self.checkpoints():
                 try:
-                    loaded.append((load_pretrained(folder)[0], load_state(folder)))
+                    loaded.append(load_trained(folder))
                     return folder
                 except XalignError as error:
                     print(f"warning: {error}; going back to what was before {folder.name}", file=sys.stderr)
@@ -161,7 +167,7 @@ class RunFolder:
         folder = distributed.once(usable)
         if folder is None:
             return None
-        return loaded[0] if loaded else (load_pretrained(folder)[0], load_state(folder))
+        return loaded[0] if loaded else load_trained(folder)
 
     def start_wandb(self, name: str, config: dict[str, Any]) -> None:
         """Log to wandb too; with WANDB_MODE=offline nothing leaves the machine. A resumed run continues its own."""

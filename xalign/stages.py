@@ -9,7 +9,7 @@ import torch
 
 from xalign import distributed
 from xalign.checkpoint import load_pretrained
-from xalign.config import ModelOptions, RunOptions, SamplingOptions, SFTOptions, TrainingOptions
+from xalign.config import ModelOptions, QuantOptions, RunOptions, SFTOptions, TrainingOptions
 from xalign.data import toyworld
 from xalign.data.chat_template import DEFAULT_TEMPLATE, ROLE_MARKERS
 from xalign.data.collate import EncodedExample, Schedule, collate_examples
@@ -93,21 +93,26 @@ def parameter_count(model: TransformerWrapper) -> int:
 
 
 def load_model(path: str, dtype: str | None, device: torch.device, *, allow_pickle: bool = False, revision: str | None = None,
-               sampling: SamplingOptions | None = None) -> tuple[TransformerWrapper, Tokenizer]:
-    """A model, from a folder or the hub, with its tokenizer, whose ids it knows; quantised as `sampling` says."""
-    bits, method, group = None, None, None
-    if sampling is not None and (sampling.load_in_8bit or sampling.load_in_4bit):
-        bits, method = 8 if sampling.load_in_8bit else 4, "nf4" if sampling.quant_type == "nf4" else None
-        group = checked(bits, sampling.quant_group_size, method, device)
+               quant: QuantOptions | None = None) -> tuple[TransformerWrapper, Tokenizer]:
+    """A model, from a folder or the hub, with its tokenizer, whose ids it knows; quantised as `quant` says."""
+    bits, method, group = quantisation(quant, device)
     model, tokenizer = load_pretrained(path, dtype, device, allow_pickle=allow_pickle, revision=revision)
     if tokenizer is None:
         raise ConfigError(f"{path}: there is no tokenizer in this folder, allowed is a folder with one")
     check_vocabulary(path, model, tokenizer)
-    if sampling is not None and bits is not None:
+    if quant is not None and bits:
         before = _megabytes(model)
-        quantize(model, bits, group_size=group, head=sampling.quant_head, method=method)
+        quantize(model, bits, group_size=group, head=quant.quant_head, method=method)
         say(f"{path}: {quantised(model)}; {before:.1f} MB -> {_megabytes(model):.1f} MB")
     return model, tokenizer
+
+
+def quantisation(quant: QuantOptions | None, device: torch.device | None = None) -> tuple[int, str | None, int]:
+    """Bits (0: none), method and group size that the settings ask for; refuses what can't be done (on this device)."""
+    if quant is None or not (quant.load_in_8bit or quant.load_in_4bit):
+        return 0, None, 0
+    bits, method = 8 if quant.load_in_8bit else 4, "nf4" if quant.quant_type == "nf4" else None
+    return bits, method, checked(bits, quant.quant_group_size, method, device)
 
 
 def _megabytes(model: TransformerWrapper) -> float:

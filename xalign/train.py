@@ -12,8 +12,9 @@ import torch
 import torch.nn as nn
 
 from xalign import distributed
-from xalign.checkpoint import load_pretrained, save_pretrained
-from xalign.config import DPOConfig, SFTConfig, flatten
+from xalign.adapters import adapt, save_adapter, unplaced
+from xalign.checkpoint import load_pretrained, outline, save_pretrained
+from xalign.config import DPOConfig, QuantOptions, SFTConfig, flatten
 from xalign.data.chat_template import render_prompt
 from xalign.data.collate import (
     EncodedExample,
@@ -32,6 +33,7 @@ from xalign.evaluation.compare import compare, quick
 from xalign.evaluation.metrics import pairs_logps, sample
 from xalign.evaluation.report import write_report
 from xalign.hf import torch_dtype
+from xalign.nn.lora import has_lora, load_lora, lora_state_dict, merge
 from xalign.nn.transformer import TransformerWrapper
 from xalign.objectives import KTO, Preference
 from xalign.prepare import (
@@ -61,6 +63,7 @@ from xalign.stages import (
     parameter_count,
     peek,
     prompt_text,
+    quantisation,
     scratch_model,
     scratch_tokenizer,
     settle_template,
@@ -94,13 +97,17 @@ def claim(config: Any, program: str) -> RunFolder:
 
 def check(config: Any) -> None:
     """Refuse before anything is read or trained what could only fail after it."""
+    refuse_half_adapters(config)
     if config.model.model:
         refuse_unused(config)
+        if config.lora.lora_r is not None:
+            given = config.model
+            adapt(outline(str(given.model), allow_pickle=given.allow_pickle, revision=given.revision)[0], config.lora)
     else:
         if config.model.revision is not None:
             raise ConfigError(f"--revision {config.model.revision} goes with --model")
         with torch.device("meta"):
-            scratch_model(config.model, config.model.vocab_size, 0)
+            adapt(scratch_model(config.model, config.model.vocab_size, 0), config.lora)
     if isinstance(config, DPOConfig) and not preference(config, nn.Identity()).compares and config.loss.ref_model:
         raise ConfigError(f"--ref-model is {config.loss.ref_model}, but the loss {config.loss.loss_type} asks for no "
                           "reference: allowed is to leave it out")
@@ -116,6 +123,22 @@ def refuse_unused(config: Any) -> None:
     if names:
         raise ConfigError(f"--{names[0].replace('_', '-')} is for a model from scratch, but --model is {config.model.model}: "
                           "allowed is one of them")
+
+
+def refuse_half_adapters(config: DPOConfig | SFTConfig) -> None:
+    """Refuse settings of adapters without adapters: whoever sets one expects them."""
+    quantisation(config.quant)
+    if config.lora.lora_r is not None:
+        if isinstance(config, SFTConfig) and not config.model.model:
+            raise ConfigError(f"--lora-r is {config.lora.lora_r} for a model from scratch, allowed are adapters of a --model")
+        return
+    for flag in ("load_in_8bit", "load_in_4bit"):
+        if getattr(config.quant, flag):
+            raise ConfigError(f"--{flag.replace('_', '-')} without --lora-r: quantised weights can't be trained, allowed is to "
+                              "train adapters (--lora-r 16), or without quantisation")
+    for f in fields(config.lora):
+        if getattr(config.lora, f.name) != f.default:
+            raise ConfigError(f"--{f.name.replace('_', '-')} goes with --lora-r, the adapters' rank")
 
 
 def start_reporting(config: Any, run: RunFolder) -> None:
@@ -148,10 +171,11 @@ def run_sft(config: SFTConfig) -> None:
                                "to imitate", count=data.count, key=data_key(config, run))
             held = in_memory(encode_examples, data.held_out, tokenizer, max_length, mode, "held out")
             model.attn_layers.gradient_checkpointing = training.gradient_checkpointing
+            put_adapters(config, model)
             imitate(model, tokenizer, examples, held, run, loop_options(training, config.run),
                     batch_size=training.batch_size, accumulation=training.gradient_accumulation_steps,
                     epochs=training.num_train_epochs, max_steps=training.max_steps, tokens=training.micro_batch_tokens)
-            distributed.once(lambda: save_pretrained(model, policy, tokenizer))
+            distributed.once(lambda: finish(config, run, model, tokenizer, config.model.model))
         forget(run, "tokens")
         print(policy)
 
@@ -160,17 +184,44 @@ def first_model(config: DPOConfig | SFTConfig, examples: Iterable[Example],
                 device: torch.device) -> tuple[TransformerWrapper, Tokenizer]:
     """--model, or an untrained model of the shape that is set, with a tokenizer of the examples' text."""
     if config.model.model:
-        return given_model(config, config.model.model, device)
+        return given_model(config, config.model.model, device, config.quant if isinstance(config, SFTConfig) else None)
     texts = (t for e in examples for t in (e.prompt, e.completion) if t)
     tokenizer = distributed.once(lambda: scratch_tokenizer(texts, config.model.vocab_size))
     model = scratch_model(config.model, tokenizer.vocab_size, config.training.seed)
     return model.to(device, torch_dtype(config.run.dtype)), tokenizer
 
 
-def given_model(config: DPOConfig | SFTConfig, path: str, device: torch.device) -> tuple[TransformerWrapper, Tokenizer]:
+def given_model(config: DPOConfig | SFTConfig, path: str, device: torch.device,
+                quant: QuantOptions | None = None) -> tuple[TransformerWrapper, Tokenizer]:
     """The model of --model or --ref-model; the revision is --model's."""
     revision = config.model.revision if path == config.model.model else None
-    return load_model(path, config.run.dtype, device, allow_pickle=config.model.allow_pickle, revision=revision)
+    return load_model(path, config.run.dtype, device, allow_pickle=config.model.allow_pickle, revision=revision, quant=quant)
+
+
+def put_adapters(config: DPOConfig | SFTConfig, model: TransformerWrapper) -> None:
+    """Put the adapters on that the settings ask for: from then on they alone are trained."""
+    adapt(model, config.lora, config.training.seed)
+    if has_lora(model):
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        say(f"{trained:,} parameters of adapters are trained, the model's own are frozen")
+
+
+def finish(config: DPOConfig | SFTConfig, run: RunFolder, model: TransformerWrapper, tokenizer: Tokenizer,
+           base: str | None) -> None:
+    """Write <run>/policy. Adapters go to <run>/adapter, as peft has them, and in policy/ they are merged: into the weights, or
+    where these are quantised into those of `base`, loaded anew."""
+    if has_lora(model):
+        if layer := unplaced(model):
+            say(f"there is no {run.path / 'adapter'}: {layer} shares its tensor in a Hugging Face folder with others")
+        else:
+            save_adapter(model, run.path / "adapter", config.model.model or base)
+        if quantisation(config.quant)[0]:
+            assert base is not None
+            say(f"the adapters are merged into the weights of {base} as they were before they were quantised")
+            device = model.token_emb.weight.device
+            model = load_lora(given_model(config, base, device)[0], lora_state_dict(model))
+        merge(model)
+    save_pretrained(model, run.path / "policy", tokenizer)
 
 
 def data_key(config: DPOConfig | SFTConfig, run: RunFolder) -> dict[str, Any]:
@@ -220,6 +271,7 @@ def prefer(config: DPOConfig, run: RunFolder, data: Split[Any], examples: Source
     if given is not None and not same_ids(given[1], tokenizer, list(islice(data.train(), 20))):
         raise ConfigError(f"--ref-model {config.loss.ref_model} has another tokenizer than the policy, allowed is the same")
     held_out = data.held_out
+    put_adapters(config, policy)
     dpo = preference(config, policy, given[0] if given is not None else None)
     max_length, mode = window(config.data.max_length, policy), config.data.truncation_mode
     kind, encode, what = (EncodedLabelled, encode_texts, "texts") if dpo.labelled else (EncodedPair, encode_pairs, "pairs")
@@ -229,19 +281,24 @@ def prefer(config: DPOConfig, run: RunFolder, data: Split[Any], examples: Source
         rows = on_disk(run.path / "tokens", kind, encode, data.train, tokenizer, max_length, mode,
                        f"train {what}", count=data.count, key=data_key(config, run))
         align(config, run, dpo, tokenizer, rows, eval_rows, held_out)
-        distributed.once(lambda: save_pretrained(policy, finished, tokenizer))
-    else:
+        distributed.once(lambda: finish(config, run, policy, tokenizer, str(run.path / "reference")))
+    elif config.lora.lora_r is None:
         policy.load_state_dict(load_pretrained(finished, device=device)[0].state_dict())
     distributed.leave_to_first()
     forget(run, "tokens", "tokens-sft", "reference-logps")
     if dpo.labelled and isinstance(held_out[0], PreferencePair):  # which tell more as pairs
         eval_rows = in_memory(encode_pairs, held_out, tokenizer, max_length, mode, "held out pairs")
+    # a loss that asks for none, and adapters that play it when they are off: the model before alignment is read again
+    reference = dpo.ref_model
+    if reference is None:
+        reference = given[0] if given is not None else load_pretrained(run.path / "reference", config.run.dtype, device)[0]
+    if config.lora.lora_r is not None:  # from here on the policy is what was written: without adapters, not quantised
+        del policy, dpo
+        dpo = preference(config, load_pretrained(finished, device=device)[0], reference)
     untrained, gold_known = None, is_toy(p.prompt for p in held_out)
     if gold_known and not config.model.model:
         untrained = scratch_model(config.model, tokenizer.vocab_size, config.training.seed).to(device)
     e = config.evaluation
-    # a loss that asks for none, and a policy that plays it itself: the model before alignment is read again
-    reference = load_model(str(run.path / "reference"), config.run.dtype, device)[0] if dpo.ref_model is None else dpo.ref_model
     assert isinstance(reference, TransformerWrapper)
     result = compare(dpo, reference, untrained, tokenizer, held_out, eval_rows, gold_known=gold_known,
                      prompts=e.eval_prompts, samples=e.eval_samples, max_new_tokens=e.eval_max_new_tokens,
@@ -289,7 +346,8 @@ def base_model(config: DPOConfig, run: RunFolder, data: Split[Any], examples: So
                     sft_loop(config.sft, config.training, config.run), batch_size=config.sft.sft_batch_size,
                     epochs=config.sft.sft_epochs)
         distributed.once(lambda: save_pretrained(model, saved, tokenizer))
-    return load_model(str(saved), config.run.dtype, device)
+        del model
+    return load_model(str(saved), config.run.dtype, device, quant=config.quant)
 
 
 def align(config: DPOConfig, run: RunFolder, dpo: DPO, tokenizer: Tokenizer, rows: Store[Any], eval_rows: list[Any],
@@ -335,8 +393,7 @@ def align(config: DPOConfig, run: RunFolder, dpo: DPO, tokenizer: Tokenizer, row
         kl: dict[str, float] = {}
         with autocast(device, training.bf16):
             if dpo.compares:  # other losses have no reference in memory
-                with dpo.reference() as reference:
-                    kl = sampled_kl(policy, reference, drawn)  # type: ignore[arg-type]
+                kl = sampled_kl(policy, dpo.reference, drawn)
             return kl | quick(dpo, eval_rows, eval_known, tokenizer.pad_id)
 
     if known is not None and dpo.ref_model is not None:

@@ -14,6 +14,7 @@ from torch import nn
 from tqdm import tqdm
 
 from xalign import distributed
+from xalign.checkpoint import put_trained
 from xalign.errors import Diverged, Interrupted
 from xalign.objectives import Objective
 from xalign.optim import adamw, schedule
@@ -103,7 +104,7 @@ def train(model: nn.Module, objective: Objective, batches: Callable[[int], Seque
     torch.manual_seed(options.seed + 1_000_003 * rank)  # dropout draws of its own on each
     restored, first, window, skipped, in_row = run.restore(), 0, Window(), 0, 0
     if restored is not None:
-        model.load_state_dict(restored[0].state_dict())
+        put_trained(model, *restored)
     optimizer = adamw(model, options.learning_rate, options.weight_decay, (options.adam_beta1, options.adam_beta2),
                       options.adam_epsilon)
     if restored is not None:

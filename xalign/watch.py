@@ -5,6 +5,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from xalign.data.collate import EncodedExample, EncodedPair, TruncationReport, c
 from xalign.disk import write_atomically
 from xalign.logprobs import sequence_logprobs
 from xalign.nn.decoding import evaluating
+from xalign.nn.lora import has_lora
 from xalign.nn.products import linear
 from xalign.nn.transformer import TransformerWrapper
 
@@ -85,12 +87,13 @@ class Pace:
 
     def __init__(self, model: nn.Module, peak: float = 0.0):
         self.model, self.peak = model, peak
+        self.passes = 2 if has_lora(model) else 3  # forward, gradients of inputs, and of weights unless these are frozen
         self.tokens = self.flops = self.seconds = 0.0
 
     def work(self, lengths: Sequence[Sequence[int]]) -> tuple[int, float]:
         """Tokens of rows (prompt, completion, ...), each completion with its prompt, and the least FLOPs of a training step."""
         tokens = sum(prompt * len(completions) + sum(completions) for prompt, *completions in lengths)
-        return tokens, 3 * shared_flops(self.model, lengths) if self.peak else 0.0
+        return tokens, self.passes * shared_flops(self.model, lengths) if self.peak else 0.0
 
     def add(self, tokens: float, flops: float, seconds: float) -> None:
         self.tokens, self.flops, self.seconds = self.tokens + tokens, self.flops + flops, self.seconds + seconds
@@ -145,21 +148,21 @@ class Profile:
 
 
 @torch.no_grad()
-def sampled_kl(policy: TransformerWrapper, reference: TransformerWrapper,
+def sampled_kl(policy: TransformerWrapper, reference: Callable[[], AbstractContextManager[nn.Module]],
                samples: Sequence[tuple[list[int], list[int]]]) -> dict[str, float]:
     """`eval/kl`: KL(policy || reference), nats a sequence, the mean log-ratio of the policy's own (prompt, completion) ids.
 
     They are drawn at temperature 1, unfiltered. Those that outgrew the window were drawn from something else than is scored
-    here, and are left out; {} if none is left. Each model runs where it is.
+    here, and are left out; {} if none is left. Each model runs where it is; `reference` is `DPO.reference`.
     """
     rows = [EncodedExample(p + c, [False] * len(p) + [True] * len(c)) for p, c in samples
             if c and len(p) + len(c) <= policy.max_seq_len]
     if not rows:
         return {}
     sums = []
-    for model in (policy, reference):
-        batch = collate_examples(rows, 0).to(model.token_emb.weight.device)
-        with evaluating(model):
+    for asked in (lambda: nullcontext(policy), reference):
+        with asked() as model, evaluating(model):
+            batch = collate_examples(rows, 0).to(next(model.parameters()).device)
             sums.append(sequence_logprobs(model, batch.tokens, batch.loss_mask, batch.mask).cpu())
     return {"eval/kl": float((sums[0] - sums[1]).mean())}
 
