@@ -45,6 +45,7 @@ FLOORS = [
     "hf",
     "weights",
     "checkpoint",
+    "sharding",
     "runs",
     "objectives watch",
     "training",

@@ -62,7 +62,8 @@ from xalign.training import autocast, train
 from xalign.watch import missing_end, sampled_kl, warn
 
 # settings that may differ when a run is resumed: they change nothing in what is computed
-VOLATILE = ("profile", "resume", "overwrite", "dry_run", "report_to", "output_dir", "reference_cache")
+VOLATILE = ("profile", "resume", "overwrite", "dry_run", "report_to", "output_dir", "reference_cache", "parallel",
+            "checkpoint_type")
 
 
 def claim(config: Any, program: str) -> RunFolder:
@@ -77,7 +78,6 @@ def claim(config: Any, program: str) -> RunFolder:
     names = [settings.get(name) or () for name in ("dataset", "eval_dataset", "sft_dataset")]
     files = [file for value in names for file in ((value,) if isinstance(value, str) else value)]
     settings["data_sha256"] = distributed.once(lambda: data_digest(files))
-    settings["processes"] = distributed.size()  # another number is another run: its steps hold other rows
     folder.claim({k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}, run.overwrite)
     return folder
 
@@ -283,7 +283,7 @@ def align(config: DPOConfig, run: RunFolder, dpo: DPO, tokenizer: Tokenizer, pai
     policy.attn_layers.gradient_checkpointing = training.gradient_checkpointing
     size = training.batch_size
     order = Schedule(pairs.lengths, size * training.gradient_accumulation_steps, training.seed, rank=distributed.rank(),
-                     world_size=distributed.size())
+                     world_size=distributed.size(), processes=run.processes)
     steps = count_steps(len(order), training.num_train_epochs, training.max_steps)
     if held_out:
         warn(missing_end(pairs, render_prompt(tokenizer, held_out[0].prompt).stops))
@@ -318,7 +318,8 @@ def align(config: DPOConfig, run: RunFolder, dpo: DPO, tokenizer: Tokenizer, pai
 
     if known is not None and dpo.ref_model is not None:
         dpo.ref_model.to("cpu")  # all that training asks of it is known; its room on a GPU is worth a larger batch
-    train(policy, objective, batches, steps, len(order), options, run, tokenizer, title="dpo", evaluate=evaluate)
+    train(policy, objective, batches, steps, len(order), options, run, tokenizer, title="dpo", evaluate=evaluate,
+          reference=dpo.ref_model if known is None else None)
     if dpo.ref_model is not None:
         dpo.ref_model.to(device)
 
