@@ -209,6 +209,8 @@ def outline(path: str | os.PathLike, *, allow_pickle: bool = False,
     if not (folder / SINGLE).exists() and (folder / "policy" / CONFIG).is_file():
         raise CheckpointError(f"{path} is a run's folder, allowed is a model's: {folder / 'policy'}")
     if not (folder / CONFIG).is_file():
+        if (folder / STATE).is_file():
+            raise CheckpointError(f"{path} holds a training's shards, allowed is a model's folder, such as the run's policy")
         raise CheckpointError(f"{path}: no {CONFIG} there, allowed is a folder in Hugging Face layout")
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))

@@ -8,6 +8,7 @@ host, meshes of more than one dimension, and half-precision gathering (autocast 
 
 import contextlib
 import copy
+import warnings
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -99,12 +100,12 @@ def clip(model: nn.Module, most: float) -> float:
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """`state_dict()` with whole tensors, where there are shards on the host; of rank 0 alone, the others take part."""
+    def gather(tensor: Tensor) -> Tensor | None:
+        full = whole(tensor)
+        return full if full is tensor else full.cpu() if distributed.rank() == 0 else None
+
     state = optimizer.state_dict()
-    for moments in state["state"].values():
-        for key, tensor in moments.items():
-            full = whole(tensor)
-            moments[key] = full if full is tensor else full.cpu() if distributed.rank() == 0 else None
-    return state
+    return {**state, "state": {i: {key: gather(t) for key, t in moments.items()} for i, moments in state["state"].items()}}
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
@@ -133,10 +134,8 @@ def save_shards(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer
         # rank 0 alone makes the folder and gives it its name, after all have written
         made = distributed.once(lambda: str(stack.enter_context(atomic_folder(folder))))
         place, number = Path(made) / SHARDS, distributed.rank()
-        try:
+        with _told(f"{folder} can't be written"):
             dcp.save(tensors, checkpoint_id=place, no_dist=distributed.size() == 1)
-        except dcp.api.CheckpointException as error:
-            raise CheckpointError(f"{folder} can't be written ({_reason(error)})") from error
         files = [*place.glob(f"__{number}_*.distcp"), *([place / ".metadata"] if number == 0 else [])]
         sums = distributed.collected({file.name: _checksum(file) for file in files})
         if number == 0:
@@ -164,10 +163,8 @@ def load_shards(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer
             optimizer.state[p] = {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p, requires_grad=False),
                                   "exp_avg_sq": torch.zeros_like(p, requires_grad=False)}
             tensors |= {f"{key}.{name}": t for key, t in optimizer.state[p].items()}
-    try:
+    with _told(f"{folder}: its shards are no state of this training"):
         dcp.load(tensors, checkpoint_id=folder / SHARDS, no_dist=distributed.size() == 1)
-    except dcp.api.CheckpointException as error:
-        raise CheckpointError(f"{folder}: its shards are no state of this training ({_reason(error)})") from error
 
 
 def _checksum(path: Path) -> int:
@@ -178,7 +175,14 @@ def _checksum(path: Path) -> int:
     return checksum
 
 
-def _reason(error: dcp.api.CheckpointException) -> str:
-    """What went wrong on the first process that tells."""
-    first = next(iter(error.failures.values()))[0]
-    return (first.strerror if isinstance(first, OSError) else None) or one_reason(Exception(first))
+@contextlib.contextmanager
+def _told(what: str) -> Iterator[None]:
+    """Say in a line what went wrong on the first process that tells; torch's advice about a single process is no news."""
+    try:
+        with warnings.catch_warnings(), distributed.talking(only=False):
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")
+            yield
+    except dcp.api.CheckpointException as error:
+        first = next(iter(error.failures.values()))[0]
+        reason = first.strerror if isinstance(first, OSError) else one_reason(Exception(first))
+        raise CheckpointError(f"{what} ({reason})") from error

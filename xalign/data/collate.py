@@ -289,6 +289,8 @@ class Schedule:
         self.lengths, self.seed, self.group_by_length = lengths, seed, group_by_length
         self.rank, self.world_size = rank, world_size
         self._size = batch_size * (processes or world_size)
+        if self._size < world_size:
+            raise ConfigError(f"a step has {self._size} rows, too few for {world_size} processes; allowed: a row each")
         self._steps = -(-len(lengths) // self._size)
         self._cached: tuple[int, list[array.array]] = (-1, [])
 

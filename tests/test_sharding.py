@@ -1,0 +1,208 @@
+"""Shards: two processes by FSDP2 equal one, any number goes on from any checkpoint, and damage is seen."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import LLAMA, tiny
+from test_distributed import (
+    EXAMPLES,
+    PAIRS,
+    log,
+    run,
+    torchrun,
+    toy,  # noqa: F401  a fixture
+)
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from xalign import DPO, distributed, sharding
+from xalign.checkpoint import load_pretrained, load_state
+from xalign.data.collate import Schedule, collate_examples, collate_pairs
+from xalign.errors import CheckpointError
+from xalign.nn.lora import apply_lora
+from xalign.objectives import SFT, Preference
+from xalign.runs import RunFolder
+from xalign.stages import micro_batches
+from xalign.training import LoopOptions, train
+
+# Each case trains differently shaped steps: what the two processes have of a step differs in rows, tokens and micro-batches.
+EQUAL = {
+    "sft": {"kind": "sft"},
+    "sft-tied-tokens": {"kind": "sft", "tied": True, "tokens": 14, "checkpointing": True},
+    "dpo": {"kind": "dpo", "shared": True},
+    "dpo-tied-asked": {"kind": "dpo", "tied": True, "tokens": 20, "asked": True, "checkpoint_type": "full"},
+    "lora": {"kind": "dpo", "lora": True},
+}
+RESUMED = {f"{parallel}-{kind}": {"kind": "dpo", "parallel": parallel, "checkpoint_type": kind}
+           for parallel in ("ddp", "fsdp") for kind in ("full", "sharded")}
+SIZE = 2  # rows of a micro-batch, of which each of two processes has two a step
+
+
+class Stop(Exception):
+    """Stands for a kill on all processes at once."""
+
+
+def schedule(rows, rank: int | None = None, size: int | None = None) -> Schedule:
+    return Schedule([r.length for r in rows], 2 * SIZE, seed=3, rank=distributed.rank() if rank is None else rank,
+                    world_size=size or distributed.size(), processes=2)
+
+
+def fit(folder: Path, *, kind: str, tied: bool = False, tokens: int | None = None, asked: bool = False, lora: bool = False,
+        shared: bool = False, checkpointing: bool = False, stop: int | None = None, parallel: str = "fsdp",
+        **options) -> nn.Module:
+    """Train a tiny model for 6 steps on this process's rows; before step `stop` it dies."""
+    model = tiny(**LLAMA, tie_embedding=tied)
+    if lora:
+        apply_lora(model, rank=2)
+        torch.manual_seed(5)
+        for p in (p for p in model.parameters() if p.requires_grad):
+            p.data.normal_(std=0.1)
+    model.attn_layers.gradient_checkpointing = checkpointing
+    rows = EXAMPLES if kind == "sft" else PAIRS
+    order = schedule(rows)
+    collate = collate_examples if kind == "sft" else collate_pairs
+    plain = micro_batches(order, SIZE, lambda chosen: collate([rows[i] for i in chosen], 0, chosen), tokens)
+
+    def batches(step: int):
+        if step == stop:
+            raise Stop
+        return plain(step)
+
+    policy = DPO(model, beta=0.3, share_prefix=shared) if kind == "dpo" else None
+    folder.mkdir(parents=True, exist_ok=True)
+    held = plain(0)[0]  # the same for all where there is one process; rank 0's where there are two
+
+    def evaluate(step: int) -> dict[str, float]:
+        assert not any(isinstance(p, DTensor) for p in model.parameters())
+        with torch.no_grad():
+            return {"eval/norm": float(sum(p.double().square().sum() for p in model.parameters())),
+                    "eval/seen": float(model(held.tokens if kind == "sft" else held.chosen).isfinite().all())}
+
+    settings = {"learning_rate": 1e-3, "warmup_steps": 2, "logging_steps": 1, "eval_steps": 3, "save_steps": 3} | options
+    train(model, SFT(model) if policy is None else Preference(policy), batches, 6, len(order),
+          LoopOptions(parallel=parallel, **settings), RunFolder(folder), title=kind, evaluate=evaluate,
+          reference=policy.ref_model if asked and policy else None)
+    return model
+
+
+def dies(folder: Path, **case) -> None:
+    with pytest.raises(Stop):
+        fit(folder, stop=4, **case)
+
+
+def weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def main(folder: Path) -> None:
+    """What the two processes do: the cases, half of those that one goes on with, the rest of those that one began."""
+    with distributed.joined():
+        for name, case in EQUAL.items():
+            model = fit(folder / "two" / name, **case)
+            if distributed.rank() == 0:
+                torch.save(weights(model), folder / "two" / name / "weights.pt")
+        for name, case in RESUMED.items():
+            dies(folder / "two-one" / name, **case)
+            fit(folder / "one-two" / name, **case)
+    os._exit(0)
+
+
+def test_two_processes_equal_one_and_go_on_with_what_it_saved(tmp_path):
+    for name, case in RESUMED.items():
+        dies(tmp_path / "one-two" / name, **case)
+    done = run(*torchrun("-m", "test_sharding", str(tmp_path)))
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("dpo: 100%") == 3 + len(RESUMED), "only rank 0 prints"
+    assert done.stderr.count("resumed after step 3 of 6, by 1 processes") == len(RESUMED)
+    for name, case in EQUAL.items():
+        model = fit(tmp_path / "one" / name, **case)
+        assert_logs_near(tmp_path / "two" / name, tmp_path / "one" / name)
+        assert_weights_near(torch.load(tmp_path / "two" / name / "weights.pt"), weights(model))
+    assert log(tmp_path / "one/dpo")[1:3] != log(tmp_path / "one/lora")[1:3], "the cases differ"
+    whole = tmp_path / "one/dpo"
+    expected = weights(fit(whole, kind="dpo"))
+    for name, case in RESUMED.items():
+        model = fit(tmp_path / "two-one" / name, **case)
+        assert_weights_near(weights(model), expected)
+        for way in ("two-one", "one-two"):
+            assert_logs_near(tmp_path / way / name, whole)
+            found = tmp_path / way / name / "checkpoint-6"
+            assert (found / "model.safetensors").exists() == (case["checkpoint_type"] == "full")
+            again = weights(fit(tmp_path / way / name, **case))  # nothing is left to do but to load
+            assert_weights_near(again, expected)
+    files = sorted(p.name for p in (tmp_path / "two/dpo/checkpoint-6/training/shards").iterdir())
+    assert files == [".metadata", "__0_0.distcp", "__1_0.distcp"]
+    size = [(tmp_path / "two/dpo/checkpoint-6/training/shards" / file).stat().st_size for file in files[1:]]
+    assert max(size) < 1.2 * min(size), "each process writes its half"
+
+
+def assert_logs_near(ours: Path, theirs: Path) -> None:
+    assert len(log(ours)) == 9
+    for line, other in zip(log(ours), log(theirs), strict=True):
+        if line["step"] == 1:  # policy = reference: rounding alone decides who "wins"
+            line, other = ({k: v for k, v in r.items() if k != "rewards/accuracies"} for r in (line, other))
+        assert line.get("loss") == pytest.approx(other.get("loss"), abs=1e-5)
+        assert line == pytest.approx(other, rel=1e-4, abs=1e-4)
+
+
+def assert_weights_near(ours: dict, theirs: dict) -> None:
+    for name, tensor in theirs.items():
+        assert torch.allclose(ours[name], tensor, atol=1e-4, rtol=0), name
+
+
+def test_the_cases_are_uneven():
+    """The steps of the tests above: other counts of micro-batches, rows and scored tokens on both ranks."""
+    for rows, tokens in ((EXAMPLES, 14), (PAIRS, 20), (PAIRS, None)):
+        ranks = [micro_batches(schedule(rows, rank, 2), SIZE, list, tokens) for rank in (0, 1)]
+        counts = [[(len(batches(step)), sum(map(len, batches(step)))) for step in range(6)] for batches in ranks]
+        assert any(a[0] != b[0] for a, b in zip(*counts, strict=True)), "micro-batches"
+        assert any(a[1] != b[1] for a, b in zip(*counts, strict=True)), "rows"
+
+
+# -- sharded checkpoints, by one process ----------------------------------------------------------------------------
+
+
+def test_a_sharded_checkpoint_goes_on_to_the_bit(tmp_path):
+    case = {"kind": "sft", "checkpoint_type": "sharded"}
+    expected = weights(fit(tmp_path / "whole", **case))
+    dies(tmp_path / "run", **case)
+    assert all(torch.equal(t, expected[name]) for name, t in weights(fit(tmp_path / "run", **case)).items())
+    assert log(tmp_path / "run") == log(tmp_path / "whole")
+    with pytest.raises(CheckpointError, match="allowed is a model's folder, such as"):
+        load_pretrained(tmp_path / "run/checkpoint-6")
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "gone", "metadata"])
+def test_a_damaged_shard_falls_back_to_the_checkpoint_before(tmp_path, damage, capsys):
+    case = {"kind": "sft", "checkpoint_type": "sharded", "save_steps": 2}
+    expected = weights(fit(tmp_path, **case))
+    file = tmp_path / "checkpoint-6/training/shards" / (".metadata" if damage == "metadata" else "__0_0.distcp")
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content[:-5] if damage == "cut" else content)
+    if damage == "gone":
+        file.unlink()
+    capsys.readouterr()
+    assert all(torch.equal(t, expected[name]) for name, t in weights(fit(tmp_path, **case)).items())
+    told = capsys.readouterr().err
+    assert f"warning: {file} {'can' if damage == 'gone' else 'is damaged'}" in told
+    assert "going back to what was before checkpoint-6" in told and "resumed after step 4 of 6" in told
+
+
+def test_a_full_disk_and_another_model_are_named(tmp_path, monkeypatch):
+    fit(tmp_path / "run", kind="sft", checkpoint_type="sharded")
+    other = tiny(**LLAMA, dim=16)
+    state = load_state(tmp_path / "run/checkpoint-6")
+    with pytest.raises(CheckpointError, match="its shards are no state of this training"):
+        sharding.load_shards(tmp_path / "run/checkpoint-6", other, torch.optim.AdamW(other.parameters()), state)
+    monkeypatch.setattr(torch, "save", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(CheckpointError, match=r"can't be written .*No space left"):
+        sharding.save_shards(tmp_path / "new", other, torch.optim.AdamW(other.parameters()), {})
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["run"]
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
