@@ -320,7 +320,7 @@ def align(config: DPOConfig, run: RunFolder, dpo: DPO, tokenizer: Tokenizer, pai
         dpo.ref_model.to("cpu")  # all that training asks of it is known; its room on a GPU is worth a larger batch
     train(policy, objective, batches, steps, len(order), options, run, tokenizer, title="dpo", evaluate=evaluate,
           reference=dpo.ref_model if known is None else None)
-    if dpo.ref_model is not None:
+    if known is not None and dpo.ref_model is not None:
         dpo.ref_model.to(device)
 
 
