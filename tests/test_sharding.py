@@ -287,7 +287,7 @@ def test_a_killed_rank_of_a_sharded_run(toy, undisturbed, tmp_path, rank, count)
     assert (tmp_path / "run/policy/model.safetensors").read_bytes() == (undisturbed / "policy/model.safetensors").read_bytes()
     done = run(sys.executable, *dpo(toy, tmp_path / "alone", *TWO))  # no flag but the batch's: the run knows
     assert done.returncode == 0, done.stderr
-    assert f"{'sft' if count < 9 else 'dpo'}: resumed" in done.stderr and "by 2 processes" in done.stderr
+    assert count < 9 or re.search("dpo: resumed after step [24] of 6, by 2 processes", done.stderr)
     assert_policies_near(tmp_path / "alone", undisturbed)
     assert_program_logs_near(tmp_path / "alone", undisturbed)
 

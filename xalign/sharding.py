@@ -4,6 +4,7 @@ Each layer is gathered for as long as it runs, embedding and head for a whole pa
 processes together. Gradients are summed, not averaged, in fp32: losses are weighted by their share of the step already.
 With one process nothing is sharded, and every function below does the same for whole tensors. Left out: offloading to the
 host, meshes of more than one dimension, and half-precision gathering (autocast casts what was gathered, as it does whole).
+torch's modules for all that take more than a second to import: each function does so when it needs them.
 """
 
 import contextlib
@@ -15,11 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from xalign import distributed
 from xalign.checkpoint import STATE, atomic_folder
@@ -66,6 +63,9 @@ class Sharded:
 
 def _shard(model: nn.Module) -> nn.Module:
     """Shard a model, in place; gives what it was, on the meta device."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
     tensors = [*model.parameters(), *model.buffers()]
     memo: dict[int, Any] = {id(t): torch.empty_like(t, device="meta") for t in tensors}
     memo |= {id(p): nn.Parameter(memo[id(p)], p.requires_grad) for p in model.parameters()}
@@ -84,7 +84,7 @@ def _shard(model: nn.Module) -> nn.Module:
 
 def whole(tensor: Tensor) -> Tensor:
     """A sharded tensor gathered, by all processes together; another one as it is."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # a DTensor
 
 
 def clip(model: nn.Module, most: float) -> float:
@@ -117,8 +117,11 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
 
 
 def _like(parameter: Tensor, tensor: Tensor) -> Tensor:
-    if not isinstance(parameter, DTensor):
+    if not hasattr(parameter, "full_tensor"):
         return tensor
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    assert isinstance(parameter, DTensor)
     return distribute_tensor(tensor.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None)
 
 
@@ -127,6 +130,8 @@ def _like(parameter: Tensor, tensor: Tensor) -> Tensor:
 
 def save_shards(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """Write what is trained, each process its shards, and `state`: whole or not at all; see `load_shards`."""
+    from torch.distributed import checkpoint as dcp
+
     tensors = {f"model.{name}": t for name, t in model.state_dict().items()}
     for name, parameter in model.named_parameters():
         tensors |= {f"{key}.{name}": t for key, t in optimizer.state.get(parameter, {}).items()}
@@ -157,6 +162,8 @@ def check_shards(folder: Path, state: dict[str, Any]) -> None:
 
 def load_shards(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """Fill a model, whole or sharded over any number of processes, and its optimizer, which has done no step yet."""
+    from torch.distributed import checkpoint as dcp
+
     tensors = {f"model.{name}": t for name, t in model.state_dict().items()}
     for name, p in model.named_parameters():
         if f"exp_avg.{name}" in state["tensors"]:
@@ -178,11 +185,13 @@ def _checksum(path: Path) -> int:
 @contextlib.contextmanager
 def _told(what: str) -> Iterator[None]:
     """Say in a line what went wrong on the first process that tells; torch's advice about a single process is no news."""
+    from torch.distributed.checkpoint.api import CheckpointException
+
     try:
         with warnings.catch_warnings(), distributed.talking(only=False):
             warnings.filterwarnings("ignore", "torch.distributed is disabled")
             yield
-    except dcp.api.CheckpointException as error:
+    except CheckpointException as error:
         first = next(iter(error.failures.values()))[0]
         reason = first.strerror if isinstance(first, OSError) else one_reason(Exception(first))
         raise CheckpointError(f"{what} ({reason})") from error

@@ -108,9 +108,9 @@ def train(model: nn.Module, objective: Objective, batches: Callable[[int], Seque
     restored, first, window, skipped, in_row = run.restore(), 0, Window(), 0, 0
     if restored is not None and isinstance(restored[0], nn.Module):
         model.load_state_dict(restored[0].state_dict())
-    distributed.check_same_weights(model, "before the first step")
     shards = None
     if options.parallel == "fsdp" and distributed.size() > 1:
+        distributed.check_same_weights(model, "before they are sharded")
         shards = sharding.Sharded(model, *([] if reference is None else [reference]))
     optimizer = adamw(model, options.learning_rate, options.weight_decay, (options.adam_beta1, options.adam_beta2),
                       options.adam_epsilon)
@@ -130,6 +130,8 @@ def train(model: nn.Module, objective: Objective, batches: Callable[[int], Seque
         if device.type == "cuda" and "cuda_rng" in state:
             torch.cuda.set_rng_state(state["cuda_rng"][rank].clone(), device)
     run.rewind(first if restored is not None else -1)
+    if shards is None:
+        distributed.check_same_weights(model, f"before step {first + 1}")
 
     def whole() -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext() if shards is None else shards.whole()
