@@ -84,13 +84,17 @@ def _shard(model: nn.Module) -> nn.Module:
 
 def whole(tensor: Tensor) -> Tensor:
     """A sharded tensor gathered, by all processes together; another one as it is."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # a DTensor
+    if not hasattr(tensor, "full_tensor"):  # then it is no DTensor
+        return tensor
+    with distributed.talking():
+        return tensor.full_tensor()
 
 
 def clip(model: nn.Module, most: float) -> float:
     """Scale gradients down to the norm `most` over all of them together (0: never); gives the norm that they had."""
     trained = [p for p in model.parameters() if p.grad is not None]
-    norm = whole(nn.utils.get_total_norm([p.grad for p in trained]))  # type: ignore[misc]
+    with distributed.talking(only=False):
+        norm = whole(nn.utils.get_total_norm([p.grad for p in trained]))  # type: ignore[misc]
     nn.utils.clip_grads_with_norm_(trained, most or float("inf"), norm)
     return float(norm)
 
@@ -99,10 +103,10 @@ def clip(model: nn.Module, most: float) -> float:
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """`state_dict()` with whole tensors, where there are shards on the host; of rank 0 alone, the others take part."""
+    """`state_dict()` with whole tensors on the host; of rank 0 alone, the others take part and get none."""
     def gather(tensor: Tensor) -> Tensor | None:
         full = whole(tensor)
-        return full if full is tensor else full.cpu() if distributed.rank() == 0 else None
+        return full.cpu() if distributed.rank() == 0 else None
 
     state = optimizer.state_dict()
     return {**state, "state": {i: {key: gather(t) for key, t in moments.items()} for i, moments in state["state"].items()}}
