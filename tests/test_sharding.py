@@ -51,7 +51,7 @@ EQUAL = {
 RESUMED = {f"{parallel}-{kind}": {"kind": "dpo", "parallel": parallel, "checkpoint_type": kind}
            for parallel in ("ddp", "fsdp") for kind in ("full", "sharded")}
 FAST = ["sft-tied-tokens", "dpo-tied-asked", "fsdp-sharded"]
-SLOW = [name for name in EQUAL | RESUMED if name not in FAST]
+SLOW = [*(name for name in EQUAL | RESUMED if name not in FAST), "damaged"]
 SIZE = 2  # rows of a micro-batch, of which each of two processes has two a step
 
 
@@ -102,9 +102,9 @@ def fit(folder: Path, *, kind: str, rows: int = 21, tied: bool = False, tokens: 
     return model
 
 
-def dies(folder: Path, **case) -> None:
+def dies(folder: Path, at: int = 4, **case) -> None:
     with pytest.raises(Stop):
-        fit(folder, stop=4, **case)
+        fit(folder, stop=at, **case)
 
 
 def weights(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -121,6 +121,12 @@ def main(folder: Path, *names: str) -> None:
         for name, case in [(n, c) for n, c in RESUMED.items() if n in names]:
             dies(folder / "two-one" / name, **case)
             fit(folder / "one-two" / name, **case)
+        if "damaged" in names:
+            run = folder / "damaged"
+            dies(run, kind="dpo", save_steps=2, at=5)
+            shard = run / "checkpoint-4/training/shards/__1_0.distcp"
+            distributed.once(lambda: shard.write_bytes(shard.read_bytes()[:-1]))
+            fit(run, kind="dpo", save_steps=2)
     os._exit(0)
 
 
@@ -148,6 +154,9 @@ def test_two_processes_equal_one_and_go_on_with_what_it_saved(tmp_path, names):
             assert (found / "model.safetensors").exists() == (case["checkpoint_type"] == "full")
             again = weights(fit(tmp_path / way / name, **case))  # nothing is left to do but to load
             assert_weights_near(again, expected)
+    if "damaged" in names:
+        assert "__1_0.distcp is damaged" in done.stderr and "resumed after step 2 of 6" in done.stderr
+        assert_logs_near(tmp_path / "damaged", whole)
     shards = tmp_path / "two" / names[0] / "checkpoint-6/training/shards"
     size = {p.name: p.stat().st_size for p in shards.iterdir()}
     assert sorted(size) == [".metadata", "__0_0.distcp", "__1_0.distcp"]
