@@ -204,10 +204,23 @@ def test_every_row_once_an_epoch_on_exactly_one_rank(lengths, batch_size, world_
         batches = [[rank.batch(step) for rank in ranks] for step in range(epoch * steps, (epoch + 1) * steps)]
         assert sorted(row for step in batches for rows in step for row in rows) == list(range(len(lengths)))
         for step in batches:
-            assert all(step) and max(map(len, step)) - min(map(len, step)) <= 1
-        assert all(len(rows) == batch_size for step in batches[:-1] for rows in step)
-        if world_size == 1:
-            assert steps == math.ceil(len(lengths) / batch_size)
+            assert max(map(len, step)) - min(map(len, step)) <= 1
+        assert all(len(rows) == batch_size for step in batches[:-1] for rows in step) and all(batches[0])
+    assert steps == math.ceil(len(lengths) / batch_size / world_size)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(1, 50), min_size=5, max_size=120), st.integers(1, 7), st.integers(1, 5), st.integers(1, 5))
+def test_a_steps_rows_are_the_same_for_any_number_of_ranks(lengths, batch_size, processes, world_size):
+    if batch_size * processes < world_size:
+        with pytest.raises(ConfigError, match=f"step has {batch_size * processes} rows, too few for {world_size} processes"):
+            Schedule(lengths, batch_size, 3, world_size=world_size, processes=processes)
+        return
+    began = [Schedule(lengths, batch_size, 3, rank=rank, world_size=processes) for rank in range(processes)]
+    now = [Schedule(lengths, batch_size, 3, True, rank, world_size, processes) for rank in range(world_size)]
+    for step in range(2 * len(began[0])):
+        one, other = (sorted(row for rank in ranks for row in rank.batch(step)) for ranks in (began, now))
+        assert one == other
 
 
 def test_schedule_is_a_pure_function_of_seed_and_step():

@@ -196,7 +196,10 @@ SETTINGS = {"dim": 16, "depth": 1, "heads": 2, "vocab_size": 330, "sft_epochs": 
 
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("toy")
+    return toy_data(tmp_path_factory.mktemp("toy"))
+
+
+def toy_data(folder: Path) -> Path:
     lines = (ROOT / "data/test.jsonl").read_text().splitlines()
     (folder / "train.jsonl").write_text("\n".join(lines[:29]) + "\n")
     (folder / "test.jsonl").write_text("\n".join(lines[30:40]) + "\n")
@@ -229,7 +232,7 @@ def test_a_data_error_is_told_once(toy, tmp_path):
 
 @pytest.mark.slow
 def test_the_whole_program_on_two_ranks(toy, tmp_path):
-    """Tokenizer, imitation, sharded reference, DPO, report; and then a run by one process that is not mistaken for it."""
+    """Tokenizer, imitation, sharded reference, DPO, report; one process with the same settings finds it finished."""
     done = run(*torchrun(*dpo(toy, tmp_path / "two", *TWO)))
     assert done.returncode == 0, done.stderr
     alone = run(sys.executable, *dpo(toy, tmp_path / "one", *ONE))
@@ -241,11 +244,11 @@ def test_the_whole_program_on_two_ranks(toy, tmp_path):
     assert_near(tmp_path / "two", tmp_path / "one")
     ours, theirs = (json.loads((tmp_path / n / "evaluation.json").read_text()) for n in ("two", "one"))
     assert ours["perplexity_policy"] == pytest.approx(theirs["perplexity_policy"], rel=1e-3)
-    for command in ([sys.executable], torchrun(processes=3)):
-        refused = run(*command, *dpo(toy, tmp_path / "two", *TWO))
-        [line] = errors(refused.stderr)
-        now = 1 if command == [sys.executable] else 3
-        assert refused.returncode != 0 and f"was made with processes = 2, now it is {now}: allowed is" in line
+    again = run(sys.executable, *dpo(toy, tmp_path / "two", *TWO))
+    assert again.returncode == 0 and "is finished" in again.stderr
+    refused = run(sys.executable, *dpo(toy, tmp_path / "two", *ONE))
+    [line] = errors(refused.stderr)
+    assert refused.returncode != 0 and "was made with batch_size = 2, now it is 4: allowed is" in line
 
 
 @pytest.mark.slow
@@ -293,9 +296,10 @@ def undisturbed(toy) -> Path:
     return toy / "whole"
 
 
-def disturbed(toy: Path, folder: Path, rank: int, count: int, what: str) -> subprocess.CompletedProcess:
+def disturbed(toy: Path, folder: Path, rank: int, count: int, what: str,
+              flags: tuple[str, ...] = NOISY) -> subprocess.CompletedProcess:
     (toy / "deadly.py").write_text(DEADLY)
-    done = run(*torchrun(str(toy / "deadly.py"), str(rank), str(count), what, *dpo(toy, folder, *NOISY)[1:]))
+    done = run(*torchrun(str(toy / "deadly.py"), str(rank), str(count), what, *dpo(toy, folder, *flags)[1:]))
     assert done.returncode != 0 and not (folder / "report.md").exists()
     return done
 
@@ -332,9 +336,10 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(toy, undisturbed, tm
 
 
 @pytest.mark.slow
-def test_ctrl_c_at_the_launcher(toy, undisturbed, tmp_path):
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_ctrl_c_at_the_launcher(toy, tmp_path, parallel):
     # torchrun hands the signal on to all processes
-    command = torchrun(*dpo(toy, tmp_path / "run", *NOISY, "--max-steps", "100000"))
+    command = torchrun(*dpo(toy, tmp_path / "run", *NOISY, "--max-steps", "100000", "--parallel", parallel))
     with subprocess.Popen(command, env=ENVIRONMENT, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
         seen = ""
         while not re.search(r"dpo: .* [1-9]\d*/100000", seen):

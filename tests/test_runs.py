@@ -45,7 +45,7 @@ def run(tmp_path):
 
 def test_a_new_folder_and_its_parents_are_made(tmp_path):
     claim(tmp_path / "a/b/c")
-    assert json.loads((tmp_path / "a/b/c/config.json").read_text()) == CONFIG
+    assert json.loads((tmp_path / "a/b/c/config.json").read_text()) == CONFIG | {"processes": 1}
     (tmp_path / "empty").mkdir()
     claim(tmp_path / "empty")
 

@@ -170,11 +170,14 @@ def save_trained(model: nn.Module, path: str | os.PathLike, tokenizer: Tokenizer
 
 
 def load_trained(path: str | os.PathLike) -> tuple[TransformerWrapper | Path, dict[str, Any]]:
-    """Model and state of a checkpoint of `save_trained`; of adapters, which are in the state, the folder in the model's place.
+    """Model and state of a checkpoint of `save_trained`; of adapters, which are in the state, and of one in shards, which
+    `sharding` reads, the folder in the model's place.
 
     Raises `CheckpointError` for a damaged folder.
     """
     state = load_state(path)
+    if "files" in state:
+        return Path(path), state
     if "adapters" not in state:
         return load_pretrained(path)[0], state
     if not all(bool(t.isfinite().all()) for t in state["adapters"].values()):
@@ -252,6 +255,8 @@ def outline(path: str | os.PathLike, *, allow_pickle: bool = False,
     if not (folder / SINGLE).exists() and (folder / "policy" / CONFIG).is_file():
         raise CheckpointError(f"{path} is a run's folder, allowed is a model's: {folder / 'policy'}")
     if not (folder / CONFIG).is_file():
+        if (folder / STATE).is_file():
+            raise CheckpointError(f"{path} holds a training's shards, allowed is a model's folder, such as the run's policy")
         raise CheckpointError(f"{path}: no {CONFIG} there, allowed is a folder in Hugging Face layout")
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))

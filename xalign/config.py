@@ -212,6 +212,11 @@ class RunOptions:
     """Steps between evaluations on held-out data; 0: none in between."""
     save_steps: int = 50
     """Steps between checkpoints."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """What each process of a torchrun holds while it trains: the whole model, or shards of weights, gradients and moments."""
+    checkpoint_type: Literal["full", "sharded"] | None = None
+    """Checkpoints as Hugging Face folders, or as shards that the processes write side by side; any number of processes goes on
+    from either. none: sharded with fsdp, else full."""
     report_to: Literal["none", "wandb"] = "none"
     """Where metrics go besides metrics.jsonl; WANDB_MODE=offline keeps wandb on this machine."""
     device: str | None = None

@@ -1,7 +1,7 @@
 """The processes that torchrun starts for one run: who this one is, sums over all of them, and how they end together.
 
-Plain data parallelism: every process holds the whole model and takes its shard of each step's rows. A program without
-torchrun is one process: no process group exists then, and every function gives back what it was given, bit for bit.
+Every process takes its shard of each step's rows, and holds the whole model, unless `sharding` shards that too. A program
+without torchrun is one process: no process group exists then, and every function gives back what it was given, bit for bit.
 What lies on the CPU travels by gloo, what lies on a GPU by NCCL. Processes end by `os._exit`: gloo's threads may still
 hold tensors, and then Python's way to end would now and then be an abort.
 """
@@ -13,7 +13,7 @@ import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -83,10 +83,13 @@ def _why(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def _talking() -> Iterator[None]:
+def talking(only: bool = True) -> Iterator[None]:
+    """Raise `ProcessLost` where another process is gone; in blocks that do not `only` talk, RuntimeErrors may be others'."""
     try:
         yield
     except RuntimeError as error:
+        if not (only or isinstance(error, dist.DistError) or "gloo" in str(error)):
+            raise
         raise ProcessLost(f"rank {rank()} lost another of the {size()} processes ({_why(error)}); the same command goes "
                           "on from the last checkpoint") from error
 
@@ -112,7 +115,7 @@ def once(work: Callable[[], T]) -> T:
         return work()
     box = [work() if rank() == 0 else None]
     try:
-        with _talking():
+        with talking():
             dist.broadcast_object_list(box, src=0)
     except pickle.PicklingError as error:
         raise AssertionError(f"{type(box[0]).__name__} can't be sent to the other processes") from error
@@ -138,8 +141,27 @@ def totals(values: Sequence[float]) -> list[float]:
 def total(values: Tensor) -> Tensor:
     """A tensor summed over all processes, in place; all get the same bits."""
     if size() > 1:
-        with _talking():
+        with talking():
             dist.all_reduce(values)
+    return values
+
+
+def most(count: int) -> int:
+    """The largest of the processes' counts."""
+    largest = torch.tensor(count)
+    if size() > 1:
+        with talking():
+            dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return int(largest)
+
+
+def collected(value: T) -> list[T]:
+    """Each process's value (anything that pickles), by rank, for all."""
+    if size() == 1:
+        return [value]
+    values: list[Any] = [None] * size()
+    with talking():
+        dist.all_gather_object(values, value)
     return values
 
 
@@ -148,7 +170,7 @@ def gathered(values: Tensor) -> Tensor:
     if size() == 1:
         return values[None]
     rows = [torch.empty_like(values) for _ in range(size())]
-    with _talking():
+    with talking():
         dist.all_gather(rows, values.contiguous())
     return torch.stack(rows)
 

@@ -68,8 +68,9 @@ def _packed_logprobs(model: Any, tokens: Tensor, scored: Tensor, sides: int) -> 
         begin = torch.minimum(alike, torch.minimum(first, end).view(sides, -1).amin(0)).repeat(sides)
     logps = torch.zeros(scored.shape, device=tokens.device)
     rows, at = scored.nonzero(as_tuple=True)
-    if not len(rows):
-        return logps + 0 * next(model.parameters()).sum()  # for whoever asks for its gradient
+    if not len(rows):  # a token, for nothing: its gradient may be asked for, and of a sharded model all processes run a pass
+        nothing = tokens.new_zeros(1)
+        return logps + 0 * model.branch_logprobs(tokens[:1, :1], nothing, nothing + 1, 1, nothing, nothing, tokens[0, :1]).sum()
     found = model.branch_logprobs(tokens, begin, end, sides, rows, at, tokens[rows, at + 1])
     return logps.index_put((rows, at), found)
 

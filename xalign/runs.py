@@ -8,13 +8,13 @@ import re
 import secrets
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
 from torch import nn
 
-from xalign import distributed
+from xalign import distributed, sharding
 from xalign.checkpoint import load_trained, save_trained
 from xalign.disk import write_atomically, writing
 from xalign.errors import CheckpointError, XalignError
@@ -35,6 +35,7 @@ class RunFolder:
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
         self.wandb: Any = None
+        self.processes = distributed.size()  # that the run began with: of so many each had `batch_size` rows of a step
         self._lock: IO | None = None
 
     def __enter__(self) -> "RunFolder":
@@ -56,13 +57,14 @@ class RunFolder:
         anew), or if it holds something else. The same configuration resumes.
         """
         try:
-            distributed.once(lambda: self._claim(config, overwrite))
+            config = {**config, "processes": self.processes}
+            self.processes = distributed.once(lambda: self._claim(config, overwrite))
         except BaseException:
             if self._lock is not None:
                 self._lock.close()
             raise
 
-    def _claim(self, config: dict[str, Any], overwrite: bool) -> None:
+    def _claim(self, config: dict[str, Any], overwrite: bool) -> int:
         old = self.path / CONFIG
         try:
             if self.path.exists() and not self.path.is_dir():
@@ -91,19 +93,20 @@ class RunFolder:
                 if entry.name not in (LOCK, CONFIG):
                     _remove(entry)
         elif before:
-            for key in sorted({*before, *config}):
+            for key in sorted({*before, *config} - {"processes"}):
                 if before.get(key) != config.get(key):
                     raise CheckpointError(
                         f"{self.path} was made with {key} = {before.get(key)!r}, now it is {config.get(key)!r}: allowed is the "
                         "same configuration (it resumes), another --output-dir, or --overwrite")
-            return
+            return before.get("processes", 1)
         write_atomically(old, json.dumps(config, indent=2) + "\n")
+        return config["processes"]
 
     def part(self, name: str) -> "RunFolder":
         """A folder inside this one for a stage with a training loop of its own; it shares the wandb run."""
         part = RunFolder(self.path / name)
         part.path.mkdir(exist_ok=True)
-        part.wandb = self.wandb
+        part.wandb, part.processes = self.wandb, self.processes
         return part
 
     def log(self, file: str, record: dict[str, Any], prefix: str = "") -> None:
@@ -138,20 +141,23 @@ class RunFolder:
 
     def save(self, step: int, model: nn.Module, tokenizer: Tokenizer | None, state: dict[str, Any]) -> Path:
         """Write `checkpoint-<step>` whole, point `latest` to it, then drop old ones."""
-        return distributed.once(lambda: self._save(step, model, tokenizer, state))
+        return self.save_by(step, lambda folder: distributed.once(lambda: save_trained(model, folder, tokenizer, state)))
 
-    def _save(self, step: int, model: nn.Module, tokenizer: Tokenizer | None, state: dict[str, Any]) -> Path:
+    def save_by(self, step: int, write: Callable[[Path], None]) -> Path:
+        """The same with a checkpoint that all processes `write` together."""
         folder = self.path / f"checkpoint-{step}"
-        save_trained(model, folder, tokenizer, state)
+        write(folder)
+        distributed.once(lambda: self._saved(folder))
+        return folder
+
+    def _saved(self, folder: Path) -> None:
         write_atomically(self.path / LATEST, folder.name + "\n")
         for stale in self._stale(folder):
             shutil.rmtree(stale)
-        return folder
 
     def restore(self) -> tuple[TransformerWrapper | Path, dict[str, Any]] | None:
-        """Model (of adapters the folder), state of the newest usable checkpoint; a damaged one is passed over with a warning.
-
-        Rank 0 decides which one that is, for all.
+        """Model (of adapters and of a sharded one the folder) and state of the newest usable checkpoint, for all the one that
+        rank 0 finds; a damaged one is passed over, with a warning.
         """
         loaded: list[tuple[TransformerWrapper | Path, dict[str, Any]]] = []
 
@@ -159,8 +165,11 @@ class RunFolder:
             for folder in self.checkpoints():
                 try:
                     loaded.append(load_trained(folder))
+                    if "files" in loaded[0][1]:
+                        sharding.check_shards(folder, loaded[0][1])
                     return folder
                 except XalignError as error:
+                    loaded.clear()
                     print(f"warning: {error}; going back to what was before {folder.name}", file=sys.stderr)
             return None
 

@@ -198,7 +198,7 @@ def imitate(model: TransformerWrapper, tokenizer: Tokenizer, examples: Store[Enc
             epochs: float, max_steps: int = -1, tokens: int | None = None) -> None:
     """Supervised fine-tuning of `model` in place; its log and checkpoints are in `run`."""
     order = Schedule(examples.lengths, batch_size * accumulation, options.seed, rank=distributed.rank(),
-                     world_size=distributed.size())
+                     world_size=distributed.size(), processes=run.processes)
     device = next(model.parameters()).device
 
     def collate(rows: list[int]) -> Any:

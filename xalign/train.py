@@ -75,7 +75,8 @@ from xalign.training import autocast, train
 from xalign.watch import missing_end, sampled_kl, unbalanced, warn
 
 # settings that may differ when a run is resumed: they change nothing in what is computed
-VOLATILE = ("profile", "resume", "overwrite", "dry_run", "report_to", "output_dir", "reference_cache")
+VOLATILE = ("profile", "resume", "overwrite", "dry_run", "report_to", "output_dir", "reference_cache", "parallel",
+            "checkpoint_type")
 
 
 def claim(config: Any, program: str) -> RunFolder:
@@ -90,7 +91,6 @@ def claim(config: Any, program: str) -> RunFolder:
     names = [settings.get(name) or () for name in ("dataset", "eval_dataset", "sft_dataset")]
     files = [file for value in names for file in ((value,) if isinstance(value, str) else value)]
     settings["data_sha256"] = distributed.once(lambda: data_digest(files))
-    settings["processes"] = distributed.size()  # another number is another run: its steps hold other rows
     folder.claim({k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}, run.overwrite)
     return folder
 
@@ -98,6 +98,7 @@ def claim(config: Any, program: str) -> RunFolder:
 def check(config: Any) -> None:
     """Refuse before anything is read or trained what could only fail after it."""
     refuse_half_adapters(config)
+    refuse_sharded_adapters(config)
     if config.model.model:
         refuse_unused(config)
         if config.lora.lora_r is not None:
@@ -111,6 +112,14 @@ def check(config: Any) -> None:
     if isinstance(config, DPOConfig) and not preference(config, nn.Identity()).compares and config.loss.ref_model:
         raise ConfigError(f"--ref-model is {config.loss.ref_model}, but the loss {config.loss.loss_type} asks for no "
                           "reference: allowed is to leave it out")
+
+
+def refuse_sharded_adapters(config: Any) -> None:
+    """Adapters are small: every process holds them whole, and their frozen base too."""
+    t = config.training
+    sharded = "--parallel fsdp" if t.parallel == "fsdp" else "--checkpoint-type sharded" if t.checkpoint_type == "sharded" else ""
+    if sharded and config.lora.lora_r is not None:
+        raise ConfigError(f"{sharded} and --lora-r {config.lora.lora_r} are both given, allowed is one of them")
 
 
 def refuse_unused(config: Any) -> None:
@@ -360,7 +369,7 @@ def align(config: DPOConfig, run: RunFolder, dpo: DPO, tokenizer: Tokenizer, row
     policy.attn_layers.gradient_checkpointing = training.gradient_checkpointing
     size = training.batch_size
     order = Schedule(rows.lengths, size * training.gradient_accumulation_steps, training.seed, rank=distributed.rank(),
-                     world_size=distributed.size())
+                     world_size=distributed.size(), processes=run.processes)
     steps = count_steps(len(order), training.num_train_epochs, training.max_steps)
     if held_out:
         warn(missing_end(rows, render_prompt(tokenizer, held_out[0].prompt).stops))
@@ -398,8 +407,9 @@ def align(config: DPOConfig, run: RunFolder, dpo: DPO, tokenizer: Tokenizer, row
 
     if known is not None and dpo.ref_model is not None:
         dpo.ref_model.to("cpu")  # all that training asks of it is known; its room on a GPU is worth a larger batch
-    train(policy, objective, batches, steps, len(order), options, run, tokenizer, title="dpo", evaluate=evaluate)
-    if dpo.ref_model is not None:
+    train(policy, objective, batches, steps, len(order), options, run, tokenizer, title="dpo", evaluate=evaluate,
+          reference=dpo.ref_model if known is None else None)
+    if known is not None and dpo.ref_model is not None:
         dpo.ref_model.to(device)
 
 

@@ -7,13 +7,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
-from xalign import distributed
+from xalign import distributed, sharding
 from xalign.checkpoint import put_trained
 from xalign.errors import Diverged, Interrupted
 from xalign.objectives import Objective
@@ -43,6 +44,8 @@ class LoopOptions:
     eval_steps: int = 0
     save_steps: int = 0
     profile: bool = False
+    parallel: str = "ddp"
+    checkpoint_type: str | None = None
     seed: int = 0
 
 
@@ -90,41 +93,69 @@ class Window:
 
 def train(model: nn.Module, objective: Objective, batches: Callable[[int], Sequence[Any]], total_steps: int,
           steps_per_epoch: int, options: LoopOptions, run: RunFolder, tokenizer: Tokenizer | None = None, *,
-          title: str = "train", evaluate: Callable[[int], dict[str, float]] | None = None) -> None:
+          title: str = "train", evaluate: Callable[[int], dict[str, float]] | None = None,
+          reference: nn.Module | None = None) -> None:
     """Train `model`'s parameters for `total_steps` optimizer steps, or for what is left of them after a checkpoint.
 
-    `batches(step)` gives this process's micro-batches of a step and depends on nothing but `step`. Losses are averaged
-    over the step's tokens or pairs together, however they are split over micro-batches and processes; all processes take
-    the same step, to the bit. `evaluate(step)` gives metrics for the log; rank 0 evaluates while the others wait.
+    `batches(step)` gives this process's micro-batches of a step and depends on nothing but `step`; there may be none, but of
+    step 0. Losses are averaged over the step's tokens or pairs together, however they are split over micro-batches and
+    processes; all processes take the same step, to the bit. `evaluate(step)` gives metrics for the log; rank 0 evaluates
+    while the others wait. With `parallel` "fsdp" and several processes the model, and the `reference` where the objective runs
+    one beside it, are sharded; both are whole when rank 0 evaluates or saves, and in the end on rank 0.
     Raises `Diverged` at a loss or gradient that is not finite (with `on_nan` "skip" such a step leaves weights and optimizer
     alone, and only `MOST_SKIPPED` in a row raise), `Interrupted` after a signal, once all is saved.
     """
     device = next(model.parameters()).device
     rank = distributed.rank()
-    torch.manual_seed(options.seed + 1_000_003 * rank)  # dropout draws of its own on each
     restored, first, window, skipped, in_row = run.restore(), 0, Window(), 0, 0
-    if restored is not None:
+    if restored is not None and "files" not in restored[1]:
         put_trained(model, *restored)
+    shards = None
+    if options.parallel == "fsdp" and distributed.size() > 1:
+        distributed.check_same_weights(model, "before they are sharded")
+        shards = sharding.Sharded(model, *([] if reference is None else [reference]))
     optimizer = adamw(model, options.learning_rate, options.weight_decay, (options.adam_beta1, options.adam_beta2),
                       options.adam_epsilon)
     if restored is not None:
-        state = restored[1]
-        optimizer.load_state_dict(state["optimizer"])
+        held, state = restored
+        if "files" in state:
+            assert isinstance(held, Path)
+            sharding.load_shards(held, model, optimizer, state)
+        else:
+            sharding.load_optimizer(optimizer, state["optimizer"])
+        first, window, (skipped, in_row) = state["step"], Window(state["window"]), state["skipped"]
+        others = f", by {len(state['rng'])} processes" * (len(state["rng"]) != distributed.size())
+        print(f"{title}: resumed after step {first} of {total_steps}{others}", file=sys.stderr)
+    # dropout draws of its own on each process, anew where their number is another one
+    torch.manual_seed(options.seed + 1_000_003 * rank + 7919 * first)
+    if restored is not None and len(state["rng"]) == distributed.size():
         torch.set_rng_state(state["rng"][rank].clone())
         if device.type == "cuda" and "cuda_rng" in state:
             torch.cuda.set_rng_state(state["cuda_rng"][rank].clone(), device)
-        first, window, (skipped, in_row) = state["step"], Window(state["window"]), state["skipped"]
-        print(f"{title}: resumed after step {first} of {total_steps}", file=sys.stderr)
     run.rewind(first if restored is not None else -1)
-    distributed.check_same_weights(model, f"before step {first + 1}")
+    if shards is None:
+        distributed.check_same_weights(model, f"before step {first + 1}")
+
+    def whole() -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if shards is None else shards.whole()
 
     def save(step: int) -> str:
-        distributed.check_same_weights(model, f"after step {step}")
-        state = {"step": step, "optimizer": optimizer.state_dict(), "window": window.sums,
-                 "skipped": (skipped, in_row), "rng": distributed.gathered(torch.get_rng_state())}
+        if shards is None:
+            distributed.check_same_weights(model, f"after step {step}")
+        state = {"step": step, "window": window.sums, "skipped": (skipped, in_row),
+                 "rng": distributed.gathered(torch.get_rng_state())}
         if device.type == "cuda":
             state["cuda_rng"] = distributed.gathered(torch.cuda.get_rng_state(device))
-        return str(run.save(step, model, tokenizer, state))
+        if (options.checkpoint_type or {"fsdp": "sharded"}.get(options.parallel)) == "sharded":
+            return str(run.save_by(step, lambda folder: sharding.save_shards(folder, model, optimizer, state)))
+        state["optimizer"] = sharding.optimizer_state(optimizer)
+        with whole():
+            return str(run.save(step, model, tokenizer, state))
+
+    def look(step: int) -> None:
+        with whole():
+            if evaluate is not None and rank == 0:
+                log(step, evaluate(step))
 
     def log(step: int, values: dict[str, float]) -> None:
         run.log(METRICS, {"step": step, "epoch": round(step / steps_per_epoch, 4), **values}, f"{title}/")
@@ -133,9 +164,8 @@ def train(model: nn.Module, objective: Objective, batches: Callable[[int], Seque
     pace, profile = Pace(model, peak), Profile(run.path / "profile.json", device.type)
     lines = run.path / METRICS
     watch = Watch(title, total_steps, read_jsonl(lines) if lines.exists() else ())
-    evaluate = None if rank else evaluate
     if first == 0 and evaluate is not None and options.eval_steps:
-        log(0, evaluate(0))
+        look(0)
     saved, started = "", time.perf_counter()
     bar = tqdm(total=total_steps, initial=first, desc=title, unit="step", mininterval=1 if sys.stderr.isatty() else 15)
     with postponed_signals() as signals, contextlib.closing(bar), contextlib.closing(profile):
@@ -149,25 +179,30 @@ def train(model: nn.Module, objective: Objective, batches: Callable[[int], Seque
             micro = [batch.to(device) for batch in parts]
             weights = [objective.weight(batch) for batch in parts]  # on the host: no device is waited for
             counted = sum(objective.tokens(batch) for batch in parts)
-            whole, tokens, run_tokens, flops = distributed.totals([sum(weights), counted, *own])
+            total, tokens, run_tokens, flops = distributed.totals([sum(weights), counted, *own])
+            # a pass of a sharded model is one of all: who has fewer micro-batches runs one more often, and counts it once
+            for _ in range((distributed.most(len(parts)) if shards else 1) - len(parts)):
+                micro.append((micro or [batch.to(device) for batch in batches(0)])[-1])
+                weights.append(0)
             model.train()
             values: dict[str, float] = {}
             for batch, weight in zip(micro, weights, strict=True):
-                share = weight / max(1, whole)
-                with autocast(device, options.bf16):
-                    loss, metrics = objective(batch, tokens / max(1, whole))
-                (loss * share).backward()
+                share = weight / max(1, total)
+                with distributed.talking(only=False):
+                    with autocast(device, options.bf16):
+                        loss, metrics = objective(batch, tokens / max(1, total))
+                    (loss * share).backward()
                 for key, value in {"loss": loss.detach(), **metrics}.items():
                     values[key] = values.get(key, 0.0) + share * float(value)
-            distributed.sum_gradients(model.parameters())
+            if shards is None:
+                distributed.sum_gradients(model.parameters())
             values = dict(zip(values, distributed.totals(list(values.values())), strict=True))
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), options.max_grad_norm or float("inf"))
-            values["grad_norm"] = float(norm)
+            values["grad_norm"] = sharding.clip(model, options.max_grad_norm)
             done = step + 1
             last = done == total_steps
             if all(math.isfinite(values[key]) for key in ("loss", "grad_norm")):
                 optimizer.step()
-                window.add(values, whole)
+                window.add(values, total)
                 in_row = 0
             else:
                 skipped, in_row = skipped + 1, in_row + 1
@@ -192,7 +227,7 @@ def train(model: nn.Module, objective: Objective, batches: Callable[[int], Seque
                 watch.note({"step": done, **line})
                 bar.set_postfix_str(f"loss {means.get('loss', math.nan):.3f}")
             if evaluate is not None and options.eval_steps and (done % options.eval_steps == 0 or last):
-                log(done, evaluate(done))
+                look(done)
             [stop] = distributed.totals([len(signals)])  # a signal to one process stops all after the same step
             if (options.save_steps and done % options.save_steps == 0) or last or stop:
                 saved = save(done)
@@ -200,3 +235,5 @@ def train(model: nn.Module, objective: Objective, batches: Callable[[int], Seque
             if stop:
                 raise Interrupted(f"{title}: stopped after step {done} of {total_steps}, all is saved in {saved}; "
                                   "the same command goes on from there")
+    if shards is not None:
+        shards.join()

@@ -308,10 +308,11 @@ def _pad(rows: Sequence[Sequence[int]], value: int) -> tuple[Tensor, Tensor]:
 class Schedule:
     """Which rows each step sees: a pure function of (seed, epoch, step), the same in every process.
 
-    Every row comes once an epoch; `len()` is the number of steps in an epoch. `batch_size` counts the rows of one rank;
-    the ranks' shards of a step are disjoint and differ by at most one row. Only an epoch's last step may be smaller;
-    a rest of fewer rows than there are ranks joins the step before, so no rank ever idles. With `group_by_length`, rows
-    of similar length share a step: they are sorted within shuffled runs of 50 steps, whose steps are then shuffled.
+    Every row comes once an epoch; `len()` is the number of steps in an epoch. `batch_size` counts the rows of one rank, of
+    `processes` (None: `world_size`): a step's rows depend on their product alone, and not on how many ranks share them now.
+    The ranks' shards of a step are disjoint and differ by at most one row. Only an epoch's last step may be smaller, so
+    small that a rank has no row of it. With `group_by_length`, rows of similar length share a step: they are sorted within
+    shuffled runs of 50 steps, whose steps are then shuffled.
     """
 
     def __init__(
@@ -322,6 +323,7 @@ class Schedule:
         group_by_length: bool = True,
         rank: int = 0,
         world_size: int = 1,
+        processes: int | None = None,
     ):
         if batch_size < 1 or not 0 <= rank < world_size:
             raise ConfigError(f"batch_size={batch_size}, rank={rank} of {world_size}; allowed: ≥ 1, 0 ≤ rank < world")
@@ -329,8 +331,10 @@ class Schedule:
             raise DataError(f"{len(lengths)} rows are too few for {world_size} processes; allowed: a row each or more")
         self.lengths, self.seed, self.group_by_length = lengths, seed, group_by_length
         self.rank, self.world_size = rank, world_size
-        self._size = batch_size * world_size
-        self._steps = max(1, (len(lengths) + self._size - world_size) // self._size)
+        self._size = batch_size * (processes or world_size)
+        if self._size < world_size:
+            raise ConfigError(f"a step has {self._size} rows, too few for {world_size} processes; allowed: a row each")
+        self._steps = -(-len(lengths) // self._size)
         self._cached: tuple[int, list[array.array]] = (-1, [])
 
     def __len__(self) -> int:
