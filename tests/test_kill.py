@@ -129,6 +129,7 @@ import matplotlib.pyplot, sentencepiece, torch
 import xalign.evaluation.report, xalign.train
 from xalign.cli import main
 torch.set_num_threads(1)
+print("ready", flush=True)
 for line in sys.stdin:
     arguments, log = json.loads(line)
     child = os.fork()
@@ -152,6 +153,7 @@ class Forks:
         self.toy = toy
         self.server = subprocess.Popen([sys.executable, "-c", SERVER], env=ENVIRONMENT, cwd=ROOT, text=True,
                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        assert self.server.stdout.readline() == "ready\n"
 
     def run(self, folder: Path, *flags: str, kill: int = 0, after: float = math.inf) -> int:
         """Start, or go on with, the run in `folder`; after so many seconds it gets the signal `kill`. Its exit status."""
@@ -185,7 +187,7 @@ def test_twenty_kills_at_random(toy, undisturbed, forks, tmp_path):
     places, number = [], 0
     while signals:
         run = tmp_path / str(number)
-        status = forks.run(run, kill=signals[-1], after=draw.uniform(0, 0.6 * whole))
+        status = forks.run(run, kill=signals[-1], after=draw.uniform(0, 0.4 * whole))
         if status == 0:
             assert_same(run, undisturbed, stopped=True)
             number += 1
