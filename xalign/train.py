@@ -116,7 +116,7 @@ def check(config: Any) -> None:
 
 def refuse_sharded_adapters(config: Any) -> None:
     """Adapters are small: every process holds them whole, and their frozen base too."""
-    t = config.training
+    t = config.run
     sharded = "--parallel fsdp" if t.parallel == "fsdp" else "--checkpoint-type sharded" * (t.checkpoint_type == "sharded")
     if sharded and config.lora.lora_r is not None:
         raise ConfigError(f"{sharded} and --lora-r {config.lora.lora_r} are both given, allowed is one of them")
