@@ -29,7 +29,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "apo_zero": {"beta": 0.5},
     "sppo_hard": {},  # 1 / 2β is what it asks of each side: .1 makes 5 nats
     "kto": {"beta": 0.5},
-    "simpo": {"learning_rate": 1e-4},
+    "simpo": {},
     "cpo": {},
     "orpo": {},
 }
@@ -64,7 +64,7 @@ def align(name: str, reference: Path, folder: Path, **changes: Any) -> dict[str,
 def head(name: str) -> str:
     """How a line of the table begins: the loss, and what it has of its own."""
     own = SETTINGS[name]
-    short = {"beta": "β", "label_smoothing": "ε", "learning_rate": "lr"}
+    short = {"beta": "β", "label_smoothing": "ε"}
     told = [f"{sign} {own[setting]:g}" for setting, sign in short.items() if setting in own]
     return f"| `{own.get('loss_type', name)}` | {', '.join(told) or 'none'} |"
 
