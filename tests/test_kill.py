@@ -187,7 +187,7 @@ def test_twenty_kills_at_random(toy, undisturbed, forks, tmp_path):
     places, number = [], 0
     while signals:
         run = tmp_path / str(number)
-        status = forks.run(run, kill=signals[-1], after=draw.uniform(0, 0.4 * whole))
+        status = forks.run(run, kill=signals[-1], after=draw.uniform(0, 0.7 * whole))
         if status == 0:
             assert_same(run, undisturbed, stopped=True)
             number += 1
@@ -199,7 +199,7 @@ def test_twenty_kills_at_random(toy, undisturbed, forks, tmp_path):
     assert forks.run(run) == 0
     assert_same(run, undisturbed, stopped=True)
     print(f"{len(places)} signals in {number + 1} runs of {whole:.1f} s: {dict(Counter(places))}")
-    assert len(set(places)) >= 4, "at several stages"
+    assert len(set(places)) >= 3, "at several stages"
 
 
 def stage(run: Path) -> str:

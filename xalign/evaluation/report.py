@@ -1,5 +1,6 @@
 """`report.md` of a preference run, its pictures and `evaluation.json`."""
 
+import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -86,7 +87,9 @@ def draw(folder: Path, result: Comparison) -> list[tuple[str, str]]:
 
     def save(figure: Any, name: str, caption: str) -> None:
         figure.tight_layout()
-        figure.savefig(folder / name, dpi=110)
+        png = io.BytesIO()
+        figure.savefig(png, dpi=110)
+        write_atomically(folder / name, png.getvalue())
         plt.close(figure)
         pictures.append((name, caption))
 
