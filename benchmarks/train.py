@@ -181,6 +181,7 @@ def memory(made: Models, options: argparse.Namespace) -> dict[str, Any]:
         state = 16 * sum(p.numel() for p in models.llama(vocab, options.depth, device="meta").parameters())
         rows += [{"v": vocab, "engine": OURS, "bytes": ours, "state": state},
                  {"v": vocab, "engine": peer, "bytes": theirs, "state": state, "share": ours / theirs, "floor": state / theirs,
+                  "beside": (ours - state) / (theirs - state),
                   "asked": ASKED_MEMORY[peer]}]
     return {"rows": rows}
 
@@ -202,9 +203,10 @@ def show(section: dict[str, Any]) -> None:
 
 
 def show_memory(section: dict[str, Any]) -> None:
-    table(["V", "step", "GB above its libraries", "weights, gradients, moments", "xalign / this", "its floor"],
+    table(["V", "step", "GB above its libraries", "of it state", "xalign / this", "its floor", "both without them"],
           [[thousands(r["v"]), r["engine"], f"{r['bytes'] / 1e9:.2f}", f"{r['state'] / 1e9:.2f}",
-            *([judged(r["share"], r["asked"], "{:.2f}", at_least=False), f"{r['floor']:.2f}"] if "share" in r else ["", ""])]
+            *([judged(r["share"], r["asked"], "{:.2f}", at_least=False), f"{r['floor']:.2f}", f"{r['beside']:.2f}"]
+              if "share" in r else [""] * 3)]
            for r in section["rows"]])
 
 

@@ -532,6 +532,18 @@ def test_peft_opens_what_we_save(options, targets, tmp_path):
         f"transformer.h.{i}.{x}" for i in range(2) for x in ("attn.c_proj", "mlp.c_fc")}), "mlp.c_proj has none"
 
 
+@pytest.mark.parametrize("field, value", [
+    ("r", "x"), ("r", 8), ("lora_alpha", None), ("lora_alpha", 0), ("rank_pattern", {"q_proj": 2})])
+def test_a_rank_that_is_not_the_tensors(field, value, tmp_path):
+    save_adapter(apply_lora(model(), 4), tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text()) | {field: value}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    ours = model()
+    with pytest.raises(CheckpointError, match=r"adapter_config.json: r is .* allowed are the tensors' rank, 4, and a finite"):
+        load_adapter(ours, tmp_path)
+    assert not has_lora(ours)
+
+
 @pytest.mark.parametrize("rslora", [False, True])
 def test_we_open_what_peft_saves(rslora, tmp_path):
     from peft import LoraConfig, PeftModel, get_peft_model

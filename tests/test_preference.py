@@ -181,6 +181,7 @@ def test_lora_on_quantised_weights_learns(bits):
     ({"loss": "sigmoid,simp"}, "no loss 'simp', did you mean 'simpo'"),
     ({"loss": "sigmoid,sft", "loss_weights": [1.0]}, r"loss weights are \[1.0\] for 2 losses"),
     ({"loss": "sigmoid", "loss_weights": [math.nan]}, "loss weights are"),
+    ({"loss": "sigmoid,sft", "loss_weights": [0.0, 0.0]}, "not all 0"),
     ({"loss": "sigmoid", "loss_options": {"gamma": 0.5}}, "gamma is 0.5, but the loss 'sigmoid' has none"),
     ({"loss": "simpo", "loss_options": {"gamma": -1.0}}, "gamma is -1.0, allowed is a finite number >= 0"),
     ({"loss": "simpo", "divergence": "js"}, "has no log-ratios"),

@@ -7,6 +7,7 @@ import os
 import re
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -116,11 +117,19 @@ def load_adapter(model: nn.Module, path: str | os.PathLike) -> None:
         tensor = reader.get(file, name)
         state[f"{ours[layer]}.{PARTS[side]}"] = tensor.clone()  # it is the mapped file
         if side == "A.weight":
-            alphas = [a for key, a in config.get("alpha_pattern", {}).items() if re.match(rf"(.*\.)?({key})$", layer)]
-            alpha, rank = (alphas or [config.get("lora_alpha", 8)])[0], len(tensor)
+            alpha, told, rank = _told(config, "alpha", layer), _told(config, "rank", layer), len(tensor)
+            if told != rank or isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha < math.inf:
+                raise CheckpointError(f"{Path(path) / CONFIG}: r is {told!r} and lora_alpha {alpha!r} for {layer}, allowed are "
+                                      f"the tensors' rank, {rank}, and a finite number > 0")
             scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
             state[f"{ours[layer]}.scale"] = torch.tensor(scale, dtype=torch.float64)
     load_lora(model, state)
+
+
+def _told(config: dict[str, Any], what: str, layer: str) -> Any:
+    """The alpha or rank that peft's config has for a layer."""
+    own = [value for key, value in (config.get(f"{what}_pattern") or {}).items() if re.match(rf"(.*\.)?({key})$", layer)]
+    return (own or [config.get({"alpha": "lora_alpha", "rank": "r"}[what], 8)])[0]
 
 
 def _names(model: nn.Module) -> dict[str, str]:

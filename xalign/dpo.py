@@ -67,8 +67,8 @@ def components(loss: str | Callable[..., Tensor] | Sequence[str | Callable[..., 
     """
     names: list[Any] = loss.split(",") if isinstance(loss, str) else [loss] if callable(loss) else list(loss)
     weights = [1.0] * len(names) if weights is None else list(weights)
-    if len(weights) != len(names) or not all(math.isfinite(w) for w in weights):
-        raise ConfigError(f"loss weights are {weights} for {len(names)} losses, allowed is a finite number for each")
+    if len(weights) != len(names) or not all(math.isfinite(w) for w in weights) or not any(weights):
+        raise ConfigError(f"loss weights are {weights} for {len(names)} losses, allowed is a finite number for each, not all 0")
     given = {k: v for k, v in given.items() if v is not None}
     named = LOSSES | {"kto": losses.kto}
     found = []

@@ -109,7 +109,12 @@ def check(config: Any) -> None:
             raise ConfigError(f"--revision {config.model.revision} goes with --model")
         with torch.device("meta"):
             adapt(scratch_model(config.model, config.model.vocab_size, 0), config.lora)
-    if isinstance(config, DPOConfig) and not preference(config, nn.Identity()).compares and config.loss.ref_model:
+    if not isinstance(config, DPOConfig):
+        return
+    cache = config.loss.reference_cache
+    if cache and Path(cache).exists() and not Path(cache).is_dir():
+        raise ConfigError(f"--reference-cache {cache} is a file, allowed is a folder, which need not exist")
+    if not preference(config, nn.Identity()).compares and config.loss.ref_model:
         raise ConfigError(f"--ref-model is {config.loss.ref_model}, but the loss {config.loss.loss_type} asks for no "
                           "reference: allowed is to leave it out")
 
