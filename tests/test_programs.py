@@ -500,8 +500,7 @@ def test_missing_files(tmp_path, capsys):
                           ("sft", "--eval-dataset")):
         assert f"{missing}: can't be read (No such file or directory)" in refused(capsys, command, flag, missing, *run)
     assert "no config.json there" in refused(capsys, "dpo", "--model", tmp_path / "m", *run)
-    (tmp_path / "file").touch()
-    assert "is a file, allowed is a folder" in refused(capsys, "dpo", "--reference-cache", tmp_path / "file", *run)
+    assert "is a file, allowed is a folder" in refused(capsys, "dpo", "--reference-cache", __file__, *run)
     assert "no config.json there" in refused(capsys, "dpo", "--ref-model", tmp_path / "m", *run)
     assert f"{missing}: can't be read" in refused(capsys, "generate", "--model", tmp_path, "--prompts", missing)
     assert "no config.json there" in refused(capsys, "generate", "--model", tmp_path, "-p", "x")
