@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from xalign import AutoregressiveWrapper, Decoder, TransformerWrapper
 from xalign.nn.cache import Prefix
 from xalign.nn.rotary import rotary_angles, rotate
+from xalign.nn.transformer import RMSNorm
 
 OPTIONS = {
     "defaults": {},
@@ -514,3 +515,20 @@ def test_logits_equal_llamas(tied, kv_heads):
     positions = (mask.long().cumsum(1) - 1).clamp(min=0)
     out = theirs(padded, attention_mask=mask.long(), position_ids=positions).logits
     torch.testing.assert_close(ours(padded, mask=mask)[mask], out[mask], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 1, 512), (512,), (1, 96), (2, 1, 64)])
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 300.0])
+def test_the_norm_of_one_row_is_torchs(dtype, shape, scale, monkeypatch):
+    torch.manual_seed(0)
+    norm = RMSNorm(shape[-1], eps=1e-5, dtype=dtype)
+    torch.nn.init.normal_(norm.weight)
+    x, taken = (scale * torch.randn(shape)).to(dtype), []
+    own = torch.nn.functional.layer_norm
+    monkeypatch.setattr(torch.nn.functional, "layer_norm", lambda *args: taken.append(1) or own(*args))
+    with torch.no_grad():
+        found = norm(x)
+    expected = torch.nn.functional.rms_norm(x, (shape[-1],), norm.weight, 1e-5)
+    tolerance = {torch.float32: 4e-7, torch.bfloat16: 0.0}[dtype]  # fp32: another order of the sum
+    assert ((found - expected).abs() <= tolerance * expected.abs()).all() and len(taken) == (shape[0] != 2)

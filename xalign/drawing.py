@@ -236,15 +236,18 @@ def largest(x: Tensor, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.n
     if not all(map(math.isfinite, most.max(1).tolist())) or b << bits > 2**32:
         return None
     least = np.partition(most, n - k, 1)[:, n - k, None] if n >= k else np.full((b, 1), NEG_INF, np.float32)
-    flat, most_of_them = np.flatnonzero(x.numpy() >= np.maximum(least, LEAST)), 4 * b * k + 64
-    if len(flat) > most_of_them:  # many are equal to it: then those above it, fewer than k
-        flat = np.flatnonzero(x.numpy() > np.maximum(least, LEAST))
+    border, limit = np.maximum(least, LEAST), 4 * b * k + 64
+    flat = np.flatnonzero(x.numpy() >= border)
+    if len(flat) > limit:  # many are equal to it: then those above it, fewer than k
+        flat = np.flatnonzero(x.numpy() > border)
+    if len(flat) > limit:
+        return None
     values = x.numpy().ravel()[flat] + np.float32(0)  # of -0 and 0 the lower index comes first
     image = values.view(np.uint32).astype(np.uint64)
     row, index = np.divmod(flat, v) if b > 1 else (np.zeros_like(flat), flat)
     counts = np.bincount(row, minlength=b)[:, None]
     whole = (least == NEG_INF) | (counts == v)
-    if len(flat) > most_of_them or not counts.all():
+    if not counts.all():
         return None
     # ascending: the row, its values downwards (fp32's bits, turned round), the index
     keys = (image ^ (image >> 31) - 1 & 0x7FFFFFFF) << bits | index.astype(np.uint64) | row.astype(np.uint64) << 32 + bits

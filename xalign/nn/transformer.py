@@ -64,17 +64,18 @@ class FeedForward(nn.Module):
 
 
 class RMSNorm(nn.RMSNorm):
-    """`nn.RMSNorm` (Zhang & Sennrich 2019, arXiv 1910.07467); of a single row on a CPU by fewer calls, to the same bits.
+    """`nn.RMSNorm` (Zhang & Sennrich 2019, arXiv 1910.07467); of a single row on a CPU by fewer calls, equal but for rounding.
 
     There torch's own is ten small operations. x and -x together have mean 0, so that their layer norm, one operation,
     divides x by its root mean square.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.numel() != x.shape[-1] or x.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        few = x.numel() == x.shape[-1] and x.device.type == "cpu" and self.eps is not None
+        if not few or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return super().forward(x)
         both = torch.stack((x, -x), -2)
-        return F.layer_norm(both, both.shape[-2:], self.weight.expand(2, -1), None, self.eps or 0.0)[..., 0, :]
+        return F.layer_norm(both, both.shape[-2:], self.weight.expand(2, -1), None, self.eps or 0)[..., 0, :]
 
 
 class Block(nn.Module):
