@@ -227,6 +227,7 @@ def test_leftovers_of_a_kill_are_swept(run):
     for name in (".checkpoint-4.123.tmp", ".checkpoint-4.99@node-1.old", "sft/.checkpoint-8.77.tmp"):
         (run / name).mkdir()
         (run / name / "model.safetensors").write_text("half")
+        (run / name / ".tokenizer.model.99.tmp").write_text("half")
     (run / ".latest.5.tmp").write_text("half")
     (run / ".mine").write_text("stays")
     (run / ".hidden.tmp").write_text("stays")

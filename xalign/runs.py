@@ -86,7 +86,8 @@ class RunFolder:
             raise CheckpointError(f"{self.path} is in use by another process, allowed is one at a time") from None
         self._lock = lock
         for leftover in (p for p in (*self.path.glob(".*"), *self.path.glob("*/.*")) if LEFTOVER.fullmatch(p.name)):
-            _remove(leftover)
+            if leftover.parent.exists():  # else it went with its folder, half written too
+                _remove(leftover)
         if overwrite:
             write_atomically(old, json.dumps({"program": "half overwritten"}))  # a kill from here on leaves no mixture
             for entry in self.path.iterdir():
