@@ -20,6 +20,7 @@ from xalign.sampling import NEG_INF
 from xalign.stopping import Endings
 
 WIDTH = 320  # how many of the largest logits are looked at
+PART = 8  # entries looked at together, where one of them may be among the largest
 CLOSE = 2.0**-16  # of itself, by which `mass` may be off: 100 roundings of fp32, and those to whole numbers
 ARGUMENT = {"temperature": "t", "top_k": "k", "top_p": "thres", "min_p": "min_p"}
 ONES, LEAST = 2**64 - 1, np.finfo(np.float32).min
@@ -231,16 +232,32 @@ def largest(x: Tensor, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.n
     """
     b, v = x.shape
     size = 2 ** max(0, (v // (2 * k)).bit_length() - 1)
-    n, bits = v // size, v.bit_length()
-    most = x[:, : size * n].view(b, size, n).amax(1).numpy() if size > 1 else x.numpy()
+    n, bits, part = v // size, v.bit_length(), min(size, PART)
+    parts, within = n * (size // part), n * size  # each block's entries lie in several parts, of every `parts`-th entry
+    finer = x[:, :within].view(b, part, parts).amax(1)
+    most = finer.view(b, size // part, n).amax(1).numpy()
     if not all(map(math.isfinite, most.max(1).tolist())) or b << bits > 2**32:
         return None
     least = np.partition(most, n - k, 1)[:, n - k, None] if n >= k else np.full((b, 1), NEG_INF, np.float32)
     border, limit = np.maximum(least, LEAST), 4 * b * k + 64
-    flat = np.flatnonzero(x.numpy() >= border)
-    if len(flat) > limit:  # many are equal to it: then those above it, fewer than k
-        flat = np.flatnonzero(x.numpy() > border)
-    if len(flat) > limit:
+
+    def entries(over: np.ufunc) -> np.ndarray | None:
+        """Where x is (greater than, or at least) the border; None if in more places than `limit`."""
+        found = np.flatnonzero(over(finer.numpy(), border))
+        if len(found) > limit:
+            return None
+        row, first = np.divmod(found, parts) if b > 1 else (np.zeros_like(found), found)
+        places = (row * v + first)[:, None] + np.arange(part) * parts
+        flat = places[over(x.numpy().ravel()[places], border[row])]
+        if within < v:
+            row, column = over(x.numpy()[:, within:], border).nonzero()
+            flat = np.concatenate((flat, row * v + column + within))
+        return flat if len(flat) <= limit else None
+
+    flat = entries(np.greater_equal)
+    if flat is None:  # many are equal to it: then those above it, fewer than k
+        flat = entries(np.greater)
+    if flat is None:
         return None
     values = x.numpy().ravel()[flat] + np.float32(0)  # of -0 and 0 the lower index comes first
     image = values.view(np.uint32).astype(np.uint64)
