@@ -241,25 +241,26 @@ def largest(x: Tensor, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.n
     least = np.partition(most, n - k, 1)[:, n - k, None] if n >= k else np.full((b, 1), NEG_INF, np.float32)
     border, limit = np.maximum(least, LEAST), 4 * b * k + 64
 
-    def entries(over: np.ufunc) -> np.ndarray | None:
-        """Where x is (greater than, or at least) the border; None if in more places than `limit`."""
+    def entries(over: np.ufunc) -> tuple[np.ndarray, np.ndarray] | None:
+        """What of x is (greater than, or at least) the border, and where; None if in more places than `limit`."""
         found = np.flatnonzero(over(finer.numpy(), border))
         if len(found) > limit:
             return None
-        row, first = np.divmod(found, parts) if b > 1 else (np.zeros_like(found), found)
-        places = (row * v + first)[:, None] + np.arange(part) * parts
-        flat = places[over(x.numpy().ravel()[places], border[row])]
+        row = found // parts
+        places = np.add.outer(np.arange(0, within, parts), found + row * (v - parts))
+        values = x.numpy().ravel().take(places)
+        hits = np.flatnonzero(over(values, border.ravel().take(row)))
+        flat, values = places.ravel().take(hits), values.ravel().take(hits)
         if within < v:
             row, column = over(x.numpy()[:, within:], border).nonzero()
             flat = np.concatenate((flat, row * v + column + within))
-        return flat if len(flat) <= limit else None
+            values = np.concatenate((values, x.numpy()[row, column + within]))
+        return (values, flat) if len(flat) <= limit else None
 
-    flat = entries(np.greater_equal)
-    if flat is None:  # many are equal to it: then those above it, fewer than k
-        flat = entries(np.greater)
-    if flat is None:
+    taken = entries(np.greater_equal) or entries(np.greater)  # many may be equal to it: then those above it, fewer than k
+    if taken is None:
         return None
-    values = x.numpy().ravel()[flat] + np.float32(0)  # of -0 and 0 the lower index comes first
+    values, flat = taken[0] + np.float32(0), taken[1]  # of -0 and 0 the lower index comes first
     image = values.view(np.uint32).astype(np.uint64)
     row, index = np.divmod(flat, v) if b > 1 else (np.zeros_like(flat), flat)
     counts = np.bincount(row, minlength=b)[:, None]
