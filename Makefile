@@ -9,11 +9,14 @@ PIP := $(RUN) -m pip install -q --disable-pip-version-check -c constraints.txt
 demo: $(VENV)/.installed
 	$(RUN) train_dpo.py --config data/demo.json --output-dir runs/demo $(ARGS)
 
+# two test files at a time, each on one thread; ARGS="-n 0 tests/test_dpo.py" runs one in this process
+TEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
 test: $(VENV)/.installed-dev
-	$(RUN) -m pytest $(ARGS)
+	$(TEST) $(ARGS)
 
 test-slow: $(VENV)/.installed-dev
-	$(RUN) -m pytest -m slow $(ARGS)
+	$(TEST) -m slow $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check .

@@ -12,7 +12,7 @@ EXTRAS = {
     "4bit": ["bitsandbytes>=0.46"],
     # peers that the tests compare with, and the tools that check the code
     "dev": [
-        "hypothesis>=6.100", "mypy>=1.10", "pexpect>=4.9", "pytest>=8", "ruff>=0.6", "scipy>=1.11",
+        "hypothesis>=6.100", "mypy>=1.10", "pexpect>=4.9", "pytest>=8", "pytest-xdist>=3.6", "ruff>=0.6", "scipy>=1.11",
         "peft>=0.15", "transformers>=4.57", "trl>=0.20", "x-transformers>=2.3",
     ],
 }
