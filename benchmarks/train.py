@@ -12,7 +12,6 @@ are not run are kept, with their dates, as long as machine and versions are the 
 
 import argparse
 import json
-import math
 import os
 import statistics
 import subprocess
@@ -46,7 +45,7 @@ ASKED: dict[str, dict[str, float]] = {
 ASKED_BF16 = 1.8  # than xalign in fp32
 ASKED_MEMORY = {PLAIN: 0.5, TRL: 0.25}
 LOSS, NORM = 1e-4, 1e-3  # by which a loss may differ, nats, and a gradient norm, of its size
-LOSS_BF16, NORM_BF16 = 0.1, 0.1  # of 8 pairs: sums of 64 to 192 rounded terms, and some peers round logits as well
+LOSS_BF16, NORM_BF16 = 0.1, 0.1  # sums of 64 to 192 rounded terms; some peers round logits as well
 Row = dict[str, Any]
 
 
@@ -98,9 +97,7 @@ def turns(steps: dict[str, Step], cases: list[Case], options: argparse.Namespace
             if number:
                 times[name].append(1e3 * (time.perf_counter() - started))
             expected = expected or got
-            fewer = math.sqrt(PAIRS / len(one.pairs))  # pairs' roundings are independent, so their mean is nearer the truth
-            check(f"{title}, {name}", got, expected,
-                  *((LOSS_BF16 * fewer, NORM_BF16 * fewer) if "bf16" in name else (LOSS, NORM)))
+            check(f"{title}, {name}", got, expected, *((LOSS_BF16, NORM_BF16) if "bf16" in name else (LOSS, NORM)))
             said[name] = {"loss": got[0], "norm": got[1]}
             bar.update()
     bar.close()

@@ -141,7 +141,8 @@ def sums(model: LlamaForCausalLM, batch: PairBatch) -> list[Tensor]:
                                  (batch.rejected, batch.rejected_mask, batch.rejected_prompt_mask)):
         with contextlib.nullcontext() if model.training else torch.no_grad():
             logits = model(tokens, attention_mask=None if mask.all() else mask.long(), use_cache=False).logits
-            each = logits.log_softmax(-1)[:, :-1].gather(2, tokens[:, 1:, None])[..., 0]
+            # autocast leaves log_softmax in bf16 on a CPU: sums of hundreds of nats would be whole numbers
+            each = logits.float().log_softmax(-1)[:, :-1].gather(2, tokens[:, 1:, None])[..., 0]
             found.append((each * (mask & ~prompt)[:, 1:]).sum(1))
     return found
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 SMALL = 1 << 20  # multiplications up to which torch's own product takes less time
 HELD = 1 << 25  # logits that are held at once
+ROWS = 16  # of logits that are turned into fp32 at a time, so that they stay in cache
 PIECE = 1 << 14  # of the vocabulary, for a head's gradients: oneDNN copies what is transposed
 
 
@@ -54,10 +55,8 @@ def target_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tenso
     No more than `held` logits lie in memory at a time: the last rows' are kept for the backward pass, and those before, where
     there are so many, computed once more. Under autocast products are in its dtype; log-sum-exp and gradients' sums are fp32.
     """
-    if torch.is_autocast_enabled(hidden.device.type):
-        dtype = torch.get_autocast_dtype(hidden.device.type)
-        hidden, weight = hidden.to(dtype), weight.to(dtype)
-    hidden = hidden.to(weight.dtype)
+    auto = torch.is_autocast_enabled(hidden.device.type)
+    hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type) if auto else weight.dtype)
     with torch.autocast(hidden.device.type, enabled=False):
         parts = -(-len(hidden) * weight.shape[0] // held)  # of equal size: all but one are computed twice
         return _TargetLogprobs.apply(hidden, weight, targets, bias, max(1, -(-len(hidden) // max(1, parts))))
@@ -66,13 +65,13 @@ def target_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tenso
 class _TargetLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, size: int) -> Tensor:
-        out, sums, logits = [], [], None
+        out, sums, logits, original, weight = [], [], None, weight, weight.to(hidden.dtype)
         for h, t in zip(hidden.split(size), targets.split(size), strict=True):
             logits = linear(h, weight, bias)
             chosen, whole = logits.gather(1, t[:, None])[:, 0].float(), _logsumexp(logits)
             out.append(chosen - whole)
             sums.append(whole)
-        ctx.size = size
+        ctx.size, ctx.dtype = size, original.dtype  # the weight's own, which under autocast its gradient is not rounded below
         ctx.save_for_backward(hidden, weight, targets, bias, torch.cat(sums) if sums else hidden.new_zeros(0))
         # no output and no input: kept by hand, for one backward pass, which writes into it
         ctx.logits = logits if any(ctx.needs_input_grad) else None
@@ -81,8 +80,9 @@ class _TargetLogprobs(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, targets, bias, sums = ctx.saved_tensors
-        dh = torch.zeros_like(hidden, dtype=torch.float32) if ctx.needs_input_grad[0] else None
-        dw = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        new = torch.empty_like if len(hidden) else torch.zeros_like  # the first product is written there, the others are added
+        dh = new(hidden, dtype=torch.float32) if ctx.needs_input_grad[0] else None
+        dw = new(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         db = torch.zeros_like(bias, dtype=torch.float32) if ctx.needs_input_grad[3] else None
         starts = range(0, len(hidden), ctx.size)
         for start in reversed(starts):
@@ -93,27 +93,32 @@ class _TargetLogprobs(torch.autograd.Function):
                 logits = linear(h, weight, bias)
             # d logp / d logits = onehot - softmax, times what comes from above; in place
             d = _softmax_(logits, sums[rows], g)
-            d.scatter_add_(1, t, g.to(d.dtype))
+            at_target = torch.arange(len(d), device=d.device), t[:, 0]
+            d[at_target] += g[:, 0].to(d.dtype)  # scatter_add_ copies all of d, twice
             for at in range(0, len(weight), PIECE):
                 piece, some = slice(at, at + PIECE), d[:, at : at + PIECE]
                 if dh is not None:
-                    dh[rows] += _times(some, weight[piece])
+                    _add(dh[rows], _times(some, weight[piece]), first=at == 0)
                 if dw is not None:
-                    dw[piece] += _times(some.t(), h)
+                    _add(dw[piece], _times(some.t(), h), first=start == starts[-1])
             if db is not None:
                 db += d.sum(0)
         dh = None if dh is None else dh.to(hidden.dtype)
-        return dh, None if dw is None else dw.to(weight.dtype), None, None if db is None else db.to(bias.dtype), None
+        return dh, None if dw is None else dw.to(ctx.dtype), None, None if db is None else db.to(bias.dtype), None
+
+
+def _add(to: Tensor, product: Tensor, first: bool) -> None:
+    to.copy_(product) if first else to.add_(product)
 
 
 def _logsumexp(logits: Tensor) -> Tensor:
-    """In fp32, a few rows at a time: a copy of all logits in fp32 would be as large as they are."""
-    return torch.cat([part.float().logsumexp(-1) for part in logits.split(max(1, (1 << 22) // logits.shape[1]))])
+    """In fp32, as few rows at a time as stay in cache."""
+    return torch.cat([part.float().logsumexp(-1) for part in logits.split(ROWS)])
 
 
 def _softmax_(logits: Tensor, sums: Tensor, grad: Tensor) -> Tensor:
     """-grad * exp(logits - sums), written over the logits."""
-    for part, whole, g in zip(*(x.split(16) for x in (logits, sums[:, None], grad)), strict=True):  # so that they stay in cache
+    for part, whole, g in zip(*(x.split(ROWS) for x in (logits, sums[:, None], grad)), strict=True):
         part.copy_((part.float() - whole).exp_().mul_(-g))
     return logits
 
