@@ -24,7 +24,7 @@ FLOORS = [
     "data.records",
     "data.files",
     "data.shapes",
-    "data.sources",
+    "data.replies data.sources",
     "data.chat_template",
     "data.collate",
     "data.store",
@@ -52,9 +52,10 @@ FLOORS = [
     "backends.base",
     "backends.native",
     "evaluation.metrics",
+    "scoring",
     "evaluation.compare",
-    "evaluation.report",
-    "config",
+    "evaluation.report evaluation.judge evaluation.rewardbench",
+    "config score_config",
     "flags",
     "display",
     "inspection",
@@ -64,6 +65,9 @@ FLOORS = [
     "rehearsal",
     "train",
     "complete",
+    "serve",
+    "score",
+    "rewardbench",
     "cli",
     "__main__",
 ]
@@ -132,7 +136,8 @@ def test_every_public_name_is_there():
 
 
 @pytest.mark.parametrize("arguments", ["dpo --help", "sft --help", "generate --help", "--help", "--version", "nonsense",
-                                       "dpo --bata 1", "dpo --print-config", "data inspect --help"])
+                                       "dpo --bata 1", "dpo --print-config", "data inspect --help", "score --help",
+                                       "rewardbench --help"])
 def test_help_and_mistakes_load_nothing_heavy(arguments):
     code = ("import sys\nfrom xalign.cli import main\ntry: main(sys.argv[1:])\nexcept SystemExit: pass\n"
             f"loaded = [m for m in {HEAVY} if m in sys.modules]\nassert not loaded, loaded")

@@ -63,6 +63,26 @@ def _inspect(arguments: Sequence[str], program: str) -> None:
     run_inspect(config)
 
 
+def _score(arguments: Sequence[str], program: str) -> None:
+    from xalign.flags import parse
+    from xalign.score_config import ScoreConfig
+
+    config = parse(ScoreConfig, arguments, program, SHORT)
+    from xalign.score import run_score
+
+    run_score(config)
+
+
+def _rewardbench(arguments: Sequence[str], program: str) -> None:
+    from xalign.flags import parse
+    from xalign.score_config import RewardBenchConfig
+
+    config = parse(RewardBenchConfig, arguments, program)
+    from xalign.rewardbench import run_rewardbench
+
+    run_rewardbench(config)
+
+
 def _file_as_flag(arguments: Sequence[str]) -> list[str]:
     """The file needs no flag: it is what is neither a flag, nor a flag's value. Raises `ConfigError` for several."""
     from xalign.data.shapes import NAMES
@@ -97,6 +117,8 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str], str], None], str]] = {
     "sft": (_sft, "train a model to imitate text or conversations"),
     "dpo": (_dpo, "align a model with preference pairs (train_dpo.py)"),
     "generate": (_generate, "continue prompts with a trained model (generate.py)"),
+    "score": (_score, "score replies with a reward model, a DPO policy or a server; --serve does it over HTTP"),
+    "rewardbench": (_rewardbench, "measure a reward model, a DPO policy or a judge on RewardBench"),
     "data inspect": (_inspect, "show what a file of records holds and what training would make of it"),
 }
 

@@ -70,6 +70,28 @@ def _prose(text: Text) -> str:
     return clean.replace("://", "\\://").replace("www.", "www\\.")
 
 
+def save_histogram(path: Path, values: Sequence[float], title: str) -> None:
+    """Draw a distribution with its mean into a PNG; nothing where matplotlib is missing, or where there is no value."""
+    try:
+        import matplotlib
+    except ImportError:
+        return
+    if not values:
+        return
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(6.5, 3.8))
+    axis.hist(values, bins=40, alpha=0.7)
+    axis.axvline(sum(values) / len(values), color="0.3", lw=1.5)
+    axis.set(title=title.replace("$", r"\$"), ylabel="replies")
+    figure.tight_layout()
+    png = io.BytesIO()
+    figure.savefig(png, dpi=110)
+    write_atomically(path, png.getvalue())
+    plt.close(figure)
+
+
 def draw(folder: Path, result: Comparison) -> list[tuple[str, str]]:
     """Draw the pictures into `folder`; gives (file, caption), nothing where matplotlib is missing."""
     try:
