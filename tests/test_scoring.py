@@ -17,37 +17,33 @@ from xalign import RewardModel, load_pretrained, save_pretrained, scoring
 from xalign import score as program
 from xalign.cli import main
 from xalign.data import toyworld
-from xalign.data.chat_template import DEFAULT_TEMPLATE, ROLE_MARKERS, render, render_completion, render_text
+from xalign.data.chat_template import render, render_completion, render_text
 from xalign.data.records import Message
 from xalign.data.replies import Replies, to_replies
 from xalign.errors import ConfigError, DataError
 from xalign.logprobs import sequence_logprobs
 from xalign.scoring import GoldScorer, ImplicitScorer, RemoteScorer, RewardScorer, encode, parse, whole_text
-from xalign.tokenizers import train_sentencepiece
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXTS = ["Mia was glad.", "The owl got stuck in the mud, and Tom helped her.", "A kite!", "They went home in silence. " * 3, ""]
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    made = train_sentencepiece([line for line in (ROOT / "data/corpus.txt").read_text().split("\n")[:300]], 400,
-                               user_defined_symbols=ROLE_MARKERS)
-    made.chat_template = DEFAULT_TEMPLATE
-    return made
+@pytest.fixture
+def tokenizer(chat_tokenizer):
+    return chat_tokenizer
 
 
 @pytest.fixture(scope="module")
-def policies(tokenizer):
-    return [tiny(seed, num_tokens=tokenizer.vocab_size, max_seq_len=96, **LLAMA) for seed in (1, 2)]
+def policies(chat_tokenizer):
+    return [tiny(seed, num_tokens=chat_tokenizer.vocab_size, max_seq_len=96, **LLAMA) for seed in (1, 2)]
 
 
 @pytest.fixture(scope="module")
-def reward(tokenizer):
-    model = RewardModel(tiny(3, num_tokens=tokenizer.vocab_size, max_seq_len=96, **LLAMA))
+def reward(chat_tokenizer):
+    model = RewardModel(tiny(3, num_tokens=chat_tokenizer.vocab_size, max_seq_len=96, **LLAMA))
     with torch.no_grad():
         model.score.weight.normal_(std=1)
-    model.tokenizer = tokenizer
+    model.tokenizer = chat_tokenizer
     return RewardScorer(model, batch_size=3)
 
 
@@ -74,7 +70,7 @@ def test_implicit_rewards_are_the_log_probabilities(policies, tokenizer, prompt)
         reply = text if isinstance(prompt, str) else (Message("assistant", text),)
         head, ids, _ = render_completion(tokenizer, prompt, reply)
         tokens, mask = torch.tensor([head + ids]), torch.tensor([[False] * len(head) + [True] * len(ids)])
-        wanted.append([float(sequence_logprobs(model, tokens, mask)) for model in policies])
+        wanted.append([float(sequence_logprobs(model, tokens, mask).detach()) for model in policies])
         counts.append(len(ids))
     ours, theirs = torch.tensor(wanted).T
     rows = [prompt] * len(TEXTS), TEXTS
@@ -95,7 +91,7 @@ def test_a_long_prompt_loses_its_beginning_and_is_counted(policies, tokenizer):
     tokens = torch.tensor([kept + ids])
     assert tokens.shape[1] == 24 and scorer.cut == 1
     mask = torch.tensor([[False] * len(kept) + [True] * len(ids)])
-    assert float(found[0]) == pytest.approx(float(sequence_logprobs(policies[0], tokens, mask)), abs=1e-4)
+    assert float(found[0]) == pytest.approx(float(sequence_logprobs(policies[0], tokens, mask).detach()), abs=1e-4)
 
 
 def test_a_reward_model_scores_texts_messages_and_conversations(reward, tokenizer):
@@ -163,7 +159,8 @@ def test_records_of_every_shape():
 @pytest.mark.parametrize("record", [{}, {"prompt": "Hi"}, {"response": "Yes"}, {"prompt": 3, "response": "Yes"},
                                     {"prompt": "Hi", "responses": []}, {"prompt": "Hi", "responses": "Yes"},
                                     {"prompt": "Hi", "response": ["Yes"]}, {"prompt": "Hi", "response": "\ud800"},
-                                    {"messages": []}, {"messages": "Hi"}, {"prompt": [{"role": "x", "content": ""}], "response": "a"}])
+                                    {"messages": []}, {"messages": "Hi"}, {"prompt": "a" * 10**6, "response": "b"},
+                                    {"prompt": [{"role": "x", "content": ""}], "response": "a"}])
 def test_bad_records_are_told_by_line(record):
     with pytest.raises(DataError, match=r"^f:7: "):
         to_replies(record, "f:7")
@@ -283,7 +280,8 @@ def test_a_killed_file_goes_on_to_the_same_bytes(tmp_path, monkeypatch, reward):
     arguments = ["score", "--model", "rm", "--dataset", data, "--output-dir"]
     main([*arguments, str(tmp_path / "whole")])
     whole = (tmp_path / "whole/scores.jsonl").read_bytes()
-    code = ("import os, sys; from xalign import score; from xalign.cli import main; score.CHUNK = 4; told = score._rows; left = [2]\n"
+    code = ("import os, sys; from xalign import score; from xalign.cli import main\n"
+            "score.CHUNK, told, left = 4, score._rows, [2]\n"
             "def rows(*a):\n    left[0] -= 1\n    if left[0] < 0: os.kill(os.getpid(), 9)\n    return told(*a)\n"
             "score._rows = rows; main(sys.argv[1:])")
     killed = tmp_path / "killed"
@@ -331,7 +329,8 @@ def test_columns_chat_and_a_system_turn(tmp_path, monkeypatch, capsys):
     (["-p", "a", "--dataset", "x.jsonl"], "allowed is one of"), (["-p", "a", "--response", "b", "--system", "c"], "--chat"),
     (["--dataset", "missing.jsonl"], "missing.jsonl"), (["--dataset", "bad.jsonl"], "bad.jsonl:2: "),
     (["--dataset", "bad.jsonl", "--columns", "chosen=x"], "allowed names are"), (["--port", "70000", "--serve"], "65535"),
-    (["--model", "nowhere", "-p", "a", "--response", "b"], "nowhere"), (["--model", "http://x y", "-p", "a", "--response", "b"], "HOST")])
+    (["--model", "nowhere", "-p", "a", "--response", "b"], "nowhere"),
+    (["--model", "http://x y", "-p", "a", "--response", "b"], "HOST")])
 def test_mistakes_are_one_line(tmp_path, monkeypatch, capsys, arguments, told):
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "bad.jsonl", [{"prompt": "a", "response": "b"}, {"prompt": "a"}])

@@ -3,7 +3,7 @@
 import itertools
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,10 +94,10 @@ def judged(judge: Judge, rows: Sequence[BenchRow]) -> list[dict[str, Any]]:
     rest = [row for row in rows if not row.counts_together]
     asked = [(row.prompt, reply) for row in ties for reply in row.replies]
     flat = iter(judge.score([prompt for prompt, _ in asked], [reply for _, reply in asked]).tolist() if asked else [])
-    rated = iter([{"scores": [next(flat) for _ in row.replies], "result": None} for row in ties])
+    rated: Iterator[dict[str, Any]] = iter([{"scores": [next(flat) for _ in r.replies], "result": None} for r in ties])
     chosen = iter(judge.choose([r.prompt for r in rest], [r.replies for r in rest], [f"{r.subset}:{r.id}" for r in rest])
                   if rest else [])
-    found = []
+    found: list[dict[str, Any]] = []
     for row in rows:
         if row.counts_together:
             found.append(next(rated))

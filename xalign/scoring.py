@@ -30,7 +30,7 @@ from xalign.data.chat_template import render, render_completion, render_text
 from xalign.data.collate import EncodedPair, truncate_pair
 from xalign.data.records import Message, Text
 from xalign.data.replies import as_text
-from xalign.errors import ConfigError, DataError, XalignError
+from xalign.errors import CheckpointError, ConfigError, DataError, XalignError
 from xalign.evaluation.metrics import chosen_logps
 from xalign.nn.decoding import evaluating
 from xalign.nn.reward import RewardModel
@@ -295,7 +295,7 @@ def parse(tokenizer: Tokenizer, text: str) -> list[int]:
 def encode(tokenizer: Tokenizer, prompt: Text, response: str | None) -> list[int]:
     """The ids that are scored of a response, or of a prompt as it stands (None); both as training sees such texts."""
     if response is None:
-        return (render_text(tokenizer, "", prompt) if isinstance(prompt, str) else render(tokenizer, prompt)).ids
+        return (render_text(tokenizer, "", prompt) if isinstance(prompt, str) else render(tokenizer, prompt, since=len(prompt))).ids
     reply = response if isinstance(prompt, str) else (Message("assistant", response),)
     head, ids, _ = render_completion(tokenizer, prompt, reply)
     return head + ids
@@ -334,4 +334,6 @@ def _policy(path: str, dtype: str | None, device: Any) -> tuple[TransformerWrapp
     model, tokenizer = load_pretrained(path, dtype, device)
     if tokenizer is None:
         raise ConfigError(f"{path}: there is no tokenizer in this folder, allowed is a folder with one")
+    if tokenizer.vocab_size > model.num_tokens:
+        raise CheckpointError(f"{path}: the tokenizer has {tokenizer.vocab_size} ids, the model embeds only {model.num_tokens}")
     return model, tokenizer

@@ -11,7 +11,7 @@ from typing import Any
 
 from xalign.data.files import keys_of
 from xalign.data.records import Message, Text
-from xalign.data.shapes import ReadReport, to_messages, to_prompt
+from xalign.data.shapes import TEXT_LIMIT, ReadReport, to_messages, to_prompt
 from xalign.errors import DataError
 
 REPLY_NAMES = ("response", "completion", "output")
@@ -29,7 +29,15 @@ class Replies:
 
 
 def to_replies(record: Mapping[str, Any], where: str) -> Replies:
-    """The replies of a record. Raises `DataError` for one of another shape."""
+    """The replies of a record. Raises `DataError` for one of another shape, and for a text that is too long to tokenise."""
+    found = _replies(record, where)
+    size = len(found.prompt) if isinstance(found.prompt, str) else sum(len(m.content) for m in found.prompt)
+    if (size := size + max(len(reply or "") for reply in found.replies)) > TEXT_LIMIT:
+        raise DataError(f"{where}: a prompt and reply of {size:,} characters; allowed: up to {TEXT_LIMIT:,}")
+    return found
+
+
+def _replies(record: Mapping[str, Any], where: str) -> Replies:
     record = {name: value for name, value in record.items() if value is not None}
     if "responses" in record:
         replies = record["responses"]

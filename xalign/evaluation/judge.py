@@ -24,8 +24,8 @@ LETTERS = string.ascii_uppercase
 RATINGS = range(1, 11)
 CHOOSE = ("You compare {count} replies to the same conversation, each under a letter. Judge which one is best: whether it does "
           "what was asked, and is correct, helpful, clear and harmless. Neither the order of the replies nor their length is a "
-          "reason. First say in a few sentences what speaks for and against them. Then write your verdict, the letter of the best "
-          "one alone in double brackets: {verdicts}.")
+          "reason. First say in a few sentences what speaks for and against them. Then write your verdict, the letter of the "
+          "best one alone in double brackets: {verdicts}.")
 RATE = ("You rate a reply to a conversation from 1 (useless or wrong) to 10 (nothing to be improved): whether it does what was "
         "asked, and is correct, helpful, clear and harmless. Length is no reason. First say in a few sentences what speaks for "
         "and against it. Then write your rating, a whole number alone in double brackets: [[1]] to [[10]].")

@@ -39,6 +39,7 @@ PUBLISHED: dict[str, dict[str, float]] = {
                                              PRIOR: 0.749},
 }
 """Numbers of others that are shown beside ours; none of them was measured here."""
+WORST = -1e30  # a score in Ties that is not a number
 Kind = Literal["1", "prior", "2"]
 
 
@@ -178,7 +179,7 @@ def ties_score(rows: Iterable[tuple[str, int, Sequence[float]]]) -> float:
     spread: dict[str, float] = {}
     for id, correct, given in rows:
         kind, _, number = id.partition(":")
-        scores = [-math.inf if math.isnan(score) else score for score in given]
+        scores = [WORST if math.isnan(score) else score for score in given]
         right, wrong = scores[:correct], scores[correct:]
         lead[kind][number] = _minus(min(right), max(wrong))
         if kind == "tied":
