@@ -12,9 +12,9 @@ import numpy as np
 from tqdm import tqdm
 
 from xalign import scoring
+from xalign.complete import as_prompt
 from xalign.config import flatten
 from xalign.data.files import raw_records
-from xalign.data.records import Message, Text
 from xalign.data.replies import REPLY_NAMES, Replies, to_replies
 from xalign.data.sources import column_names
 from xalign.disk import write_atomically, writing
@@ -47,7 +47,7 @@ def run_score(config: ScoreConfig) -> None:
     if config.score.prompt is not None:
         if config.score.response is None:
             raise ConfigError("--prompt needs --response")
-        prompt = _turn(config.score.prompt, config.score)
+        prompt = as_prompt(config.score.prompt, config.score, "the prompt")
         print(repr(round(float(load(config.scorer).score([prompt], [config.score.response])[0]), 6)))
         return None
     return _score_file(config)
@@ -67,20 +67,6 @@ def _serve(config: ScoreConfig) -> None:
     with listen(options.host, options.port) as listening:  # before the model is loaded: a taken port is told at once
         serve(load(config.scorer), listening, ServeLimits(config.scorer.batch_size, options.queue_size, options.max_bytes,
                                                           options.body_seconds, options.append_eos))
-
-
-def _turn(prompt: Text, options: ScoreOptions) -> Text:
-    """With --chat a text becomes a user's turn, behind the --system turn where there is one."""
-    if not options.chat:
-        if options.system is not None:
-            raise ConfigError("--system goes with --chat")
-        return prompt
-    turns = (Message("user", prompt),) if isinstance(prompt, str) else prompt
-    if options.system is None:
-        return turns
-    if turns and turns[0].role == "system":
-        raise DataError("a prompt begins with a system turn and --system is given, allowed is one of them")
-    return (Message("system", options.system), *turns)
 
 
 def _score_file(config: ScoreConfig) -> None:
@@ -128,7 +114,7 @@ def _records(options: ScoreOptions) -> Iterator[tuple[dict[str, Any], Replies]]:
             raise DataError(f"{where}: no column {missing[0]!r}, only {', '.join(map(repr, record))}"[:300])
         named = {k: v for k, v in record.items() if k not in columns.values()} | {k: record[v] for k, v in columns.items()}
         told = to_replies(named, where)
-        yield record, Replies(_turn(told.prompt, options), told.replies, told.several, where)
+        yield record, Replies(as_prompt(told.prompt, options, where), told.replies, told.several, where)
 
 
 def _rows(scorer: Scorer, part: list[tuple[dict[str, Any], Replies]], options: ScoreOptions) -> list[dict[str, Any]]:
