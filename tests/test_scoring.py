@@ -22,7 +22,7 @@ from xalign.data.records import Message
 from xalign.data.replies import Replies, to_replies
 from xalign.errors import ConfigError, DataError
 from xalign.logprobs import sequence_logprobs
-from xalign.scoring import GoldScorer, ImplicitScorer, RemoteScorer, RewardScorer, encode, parse, whole_text
+from xalign.scoring import GoldScorer, ImplicitScorer, RemoteScorer, RewardScorer, apart, parse, whole_text
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXTS = ["Mia was glad.", "The owl got stuck in the mud, and Tom helped her.", "A kite!", "They went home in silence. " * 3, ""]
@@ -40,10 +40,9 @@ def policies(chat_tokenizer):
 
 @pytest.fixture(scope="module")
 def reward(chat_tokenizer):
-    model = RewardModel(tiny(3, num_tokens=chat_tokenizer.vocab_size, max_seq_len=96, **LLAMA))
+    model = RewardModel(tiny(3, num_tokens=chat_tokenizer.vocab_size, max_seq_len=96, **LLAMA), chat_tokenizer)
     with torch.no_grad():
-        model.score.weight.normal_(std=1)
-    model.tokenizer = chat_tokenizer
+        model.head.weight.normal_(std=1)
     return RewardScorer(model, batch_size=3)
 
 
@@ -96,7 +95,7 @@ def test_a_long_prompt_loses_its_beginning_and_is_counted(policies, tokenizer):
 
 def test_a_reward_model_scores_texts_messages_and_conversations(reward, tokenizer):
     def by_hand(ids):
-        return float(reward.model(torch.tensor([ids])))
+        return float(reward.model(torch.tensor([ids])).detach())
 
     prompts = ["Once. ", chat("Once."), (*chat("Hi"), Message("assistant", "Yes?"), Message("user", "Bye")), "alone"]
     found = reward.score(prompts, ["Mia was glad.", "Mia was glad.", None, None]).tolist()
@@ -111,13 +110,14 @@ def test_a_reward_model_scores_texts_messages_and_conversations(reward, tokenize
 def test_whole_texts_are_the_same_ids_and_scores(reward, tokenizer):
     rows = [(chat("Who </s> came <|user|> there?"), "Mia, and the owl."), (chat("Hi"), ""), ("", "A kite!")]
     for prompt, reply in rows[1:]:
-        assert parse(tokenizer, whole_text(tokenizer, prompt, reply)) == encode(tokenizer, prompt, reply)
+        head, ids, _ = render_completion(tokenizer, *apart(prompt, reply))
+        assert parse(tokenizer, whole_text(tokenizer, prompt, reply)) == head + ids
     texts = [whole_text(tokenizer, *row) for row in rows[1:]]
-    apart = reward.score(*zip(*rows[1:], strict=True))
-    torch.testing.assert_close(reward.score_texts(texts), apart, rtol=0, atol=1e-5)
+    wanted = reward.score(*zip(*rows[1:], strict=True))
+    torch.testing.assert_close(reward.score_texts(texts), wanted, rtol=0, atol=1e-5)
     bare = [text.removesuffix("</s>") for text in texts]
-    torch.testing.assert_close(reward.score_texts(bare, append_eos=True), apart, rtol=0, atol=1e-5)
-    assert not torch.allclose(reward.score_texts(bare), apart)
+    torch.testing.assert_close(reward.score_texts(bare, append_eos=True), wanted, rtol=0, atol=1e-5)
+    assert not torch.allclose(reward.score_texts(bare), wanted)
     with pytest.raises(DataError, match="no token"):
         reward.score_texts([""])
 

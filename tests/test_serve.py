@@ -34,10 +34,9 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, chat_tokenizer):
     """A reward model's folder."""
-    model = RewardModel(tiny(3, num_tokens=chat_tokenizer.vocab_size, max_seq_len=96, **LLAMA))
+    model = RewardModel(tiny(3, num_tokens=chat_tokenizer.vocab_size, max_seq_len=96, **LLAMA), chat_tokenizer)
     with torch.no_grad():
-        model.score.weight.normal_(std=1)
-    model.tokenizer = chat_tokenizer
+        model.head.weight.normal_(std=1)
     path = tmp_path_factory.mktemp("reward")
     model.save_pretrained(path)
     return path

@@ -21,18 +21,16 @@ from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from xalign.checkpoint import load_pretrained
 from xalign.data import toyworld
-from xalign.data.chat_template import render, render_completion, render_text
+from xalign.data.chat_template import render_completion
 from xalign.data.collate import EncodedPair, truncate_pair
 from xalign.data.records import Message, Text
 from xalign.data.replies import as_text
 from xalign.errors import CheckpointError, ConfigError, DataError, XalignError
 from xalign.evaluation.metrics import chosen_logps
-from xalign.nn.decoding import evaluating
 from xalign.nn.reward import RewardModel
 from xalign.nn.transformer import TransformerWrapper
 from xalign.tokenizers import Tokenizer, either, load_tokenizer
@@ -60,6 +58,15 @@ class TextScorer(Scorer, Protocol):
 
     def score_texts(self, texts: Sequence[str], *, append_eos: bool = False) -> Tensor:
         """Scores (b,) of texts as OpenRLHF sends them: special tokens are written out, nothing is added but EOS if asked."""
+
+
+def apart(prompt: Text, response: str | None) -> tuple[Text, Text]:
+    """A prompt and its reply, both text or both messages; without a reply the prompt's last message is in its place."""
+    if response is None:
+        if prompt == ():
+            raise DataError("a conversation without a message can't be scored")
+        return ("", prompt) if isinstance(prompt, str) else (prompt[:-1], prompt[-1:])
+    return prompt, response if isinstance(prompt, str) else (Message("assistant", response),)
 
 
 def checked(prompts: Sequence[Prompt], responses: Sequence[str | None]) -> list[tuple[Text, str | None]]:
@@ -90,47 +97,39 @@ class GoldScorer:
 
 
 class RewardScorer:
-    """A reward model with its tokenizer. `cut` counts texts that were longer than `max_length` (None: what the model holds)."""
+    """A reward model with its tokenizer; arguments as in `RewardModel.score`. `cut` counts the texts that were too long."""
 
     def __init__(self, model: RewardModel, *, batch_size: int = 64, max_length: int | None = None,
                  truncation_side: TruncationSide = "left", normalize: bool | None = None):
-        self.model, self.tokenizer = model, model.tokenizer
-        self.batch_size, self.max_length = batch_size, max_length
-        self.truncation_side, self.normalize = truncation_side, normalize
-        self.chat, self.cut = bool(self.tokenizer.chat_template), 0
+        if model.tokenizer is None:
+            raise ConfigError("the reward model has no tokenizer, allowed is a folder with one")
+        self.model, self.tokenizer, self.batch_size, self.max_length = model, model.tokenizer, batch_size, max_length
+        self.truncation_side, self.cut, self.chat = truncation_side, 0, bool(model.tokenizer.chat_template)
+        self.normalize = model.normalize_reward if normalize is None else normalize
 
     def score(self, prompts: Sequence[Prompt], responses: Sequence[str | None], *, progress: str = "") -> Tensor:
         """As `Scorer.score`."""
-        return self._scores([encode(self.tokenizer, *told) for told in checked(prompts, responses)], progress)
+        told = [apart(*row) for row in checked(prompts, responses)]
+        rewards = self.model.score([p for p, _ in told], [r for _, r in told], self.batch_size, self.max_length,
+                                   self.truncation_side, self.normalize, progress)
+        self.cut += self.model.truncated
+        return rewards
 
     def score_texts(self, texts: Sequence[str], *, append_eos: bool = False) -> Tensor:
         """As `TextScorer.score_texts`."""
-        rows = [parse(self.tokenizer, text) for text in texts]
-        if append_eos and (eos := self.tokenizer.eos_id) is not None:
-            rows = [row if row[-1:] == [eos] else [*row, eos] for row in rows]
-        return self._scores(rows, "")
-
-    @torch.no_grad()
-    def _scores(self, rows: list[list[int]], progress: str) -> Tensor:
-        limit = min(self.model.net.max_seq_len, self.max_length or self.model.net.max_seq_len)
-        bos = self.tokenizer.bos_id
-        for i, row in enumerate(rows):
-            if len(row) > limit:
-                head = row[:1] if row[:1] == [bos] else []
-                rows[i] = row[:limit] if self.truncation_side == "right" else head + row[len(row) - limit + len(head) :]
+        limit, bos = min(self.max_length or 2**31, self.model.net.max_seq_len), self.tokenizer.bos_id
+        rows = []
+        for text in texts:
+            ids = parse(self.tokenizer, text)
+            if append_eos and ids[-1] != self.tokenizer.eos_id is not None:
+                ids.append(self.tokenizer.eos_id)
+            if len(ids) > limit:
                 self.cut += 1
-        found = torch.zeros(len(rows))
-        device = self.model.score_head.weight.device if hasattr(self.model, "score_head") else next(self.model.parameters()).device
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-        with (evaluating(self.model), tqdm(total=len(rows), desc=progress, unit="text", disable=not progress, mininterval=1) as bar):
-            for at in range(0, len(order), self.batch_size):
-                batch = order[at : at + self.batch_size]
-                tokens = pad_sequence([torch.tensor(rows[i]) for i in batch], True, self.tokenizer.pad_id).to(device)
-                lengths = torch.tensor([len(rows[i]) for i in batch], device=device)
-                mask = torch.arange(tokens.shape[1], device=device) < lengths[:, None]
-                found[batch] = self.model(tokens, mask).float().cpu()
-                bar.update(len(batch))
-        return found
+                head = ids[: int(ids[0] == bos)] if self.truncation_side == "left" else ids[: limit - 1]
+                ids = head + ids[len(ids) - limit + len(head) :]
+            rows.append(ids)
+        rewards = self.model.score_ids(rows, self.batch_size)
+        return (rewards - self.model.mean) / self.model.std if self.normalize else rewards
 
 
 class ImplicitScorer:
@@ -168,8 +167,7 @@ class ImplicitScorer:
     def _encoded(self, prompt: Text, response: str | None) -> EncodedPair:
         if response is None:
             raise DataError("a policy gives the reward of a response, and here is none after the prompt")
-        reply = response if isinstance(prompt, str) else (Message("assistant", response),)
-        head, ids, _ = render_completion(self.tokenizer, prompt, reply)
+        head, ids, _ = render_completion(self.tokenizer, *apart(prompt, response))
         row = EncodedPair(head, ids, ids)
         kept = truncate_pair(row, self.max_length)
         if kept is None or not ids or len(head) + len(ids) < 2:
@@ -261,7 +259,8 @@ def post(url: str, body: dict[str, Any], tries: int, timeout: float) -> dict[str
 
 def whole_text(tokenizer: Tokenizer, prompt: Text, response: str | None) -> str:
     """Prompt and response as one text with its special tokens written out, BOS and EOS as training saw them."""
-    return "".join(_spelt(tokenizer, encode(tokenizer, prompt, response)))
+    head, ids, _ = render_completion(tokenizer, *apart(prompt, response))
+    return "".join(_spelt(tokenizer, head + ids))
 
 
 def _spelt(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
@@ -292,15 +291,6 @@ def parse(tokenizer: Tokenizer, text: str) -> list[int]:
     return ids
 
 
-def encode(tokenizer: Tokenizer, prompt: Text, response: str | None) -> list[int]:
-    """The ids that are scored of a response, or of a prompt as it stands (None); both as training sees such texts."""
-    if response is None:
-        return (render_text(tokenizer, "", prompt) if isinstance(prompt, str) else render(tokenizer, prompt, since=len(prompt))).ids
-    reply = response if isinstance(prompt, str) else (Message("assistant", response),)
-    head, ids, _ = render_completion(tokenizer, prompt, reply)
-    return head + ids
-
-
 def open(spec: str, *, tokenizer: str | None = None, value_head_prefix: str | None = None, normalize: bool | None = None,
          beta: float = 0.1, max_length: int | None = None, truncation_side: TruncationSide = "left", batch_size: int = 32,
          dtype: str | None = None, device: Any = None) -> Scorer:
@@ -325,7 +315,8 @@ def open(spec: str, *, tokenizer: str | None = None, value_head_prefix: str | No
                               beta=beta, batch_size=batch_size, max_length=max_length)
     path = rest if kind == "rm" and colon else spec
     if not path:
-        raise ConfigError("no scorer is named, allowed are FOLDER, gold, dpo:POLICY,REFERENCE, sum:POLICY, avg:POLICY, http://...")
+        raise ConfigError("no scorer is named, allowed are FOLDER, gold, dpo:POLICY,REFERENCE, sum:POLICY, avg:POLICY, "
+                          "http://HOST:PORT")
     return RewardScorer(RewardModel.from_pretrained(path, dtype, device, value_head_prefix), batch_size=batch_size,
                         max_length=max_length, truncation_side=truncation_side, normalize=normalize)
 
