@@ -203,7 +203,9 @@ def histogram(values: Sequence[float], bins: int = 12, width: int = 40) -> list[
     """Lines that draw a distribution: the bin's lower border, a bar, the count."""
     if not len(values):
         return []
-    counts, borders = np.histogram(values, bins=bins if min(values) < max(values) else 1)
+    if min(values) == max(values):
+        return [f"{values[0]:>10.3f} {'█' * width} {len(values):,}"]
+    counts, borders = np.histogram(values, bins=bins)
     return [f"{border:>10.3f} {'█' * round(width * count / counts.max()):{width}} {count:,}"
             for border, count in zip(borders, counts.tolist(), strict=False)]
 
