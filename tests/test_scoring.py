@@ -55,7 +55,8 @@ def test_gold_is_the_toy_worlds(capsys):
     told = [toyworld.gold_reward(r["prompt"], r["chosen"]) for r in rows]
     prompts, replies = [r["prompt"] for r in rows], [r["chosen"] for r in rows]
     assert scoring.open("gold").score(prompts, replies).tolist() == pytest.approx(told)
-    assert GoldScorer().score_texts([p + r for p, r in zip(prompts, replies, strict=True)]).tolist() == pytest.approx(told)
+    whole = [p + r for p, r in zip(prompts, replies, strict=True)]
+    assert GoldScorer().score_texts(whole, [None] * 5).tolist() == pytest.approx(told)
     assert GoldScorer().score([[{"role": "user", "content": prompts[0]}]], replies[:1]).tolist() == pytest.approx(told[:1])
     main(["score", "--model", "gold", "-p", prompts[0], "--response", replies[0]])
     assert float(capsys.readouterr().out) == pytest.approx(told[0], abs=1e-6)
@@ -114,12 +115,25 @@ def test_whole_texts_are_the_same_ids_and_scores(reward, tokenizer):
         assert parse(tokenizer, whole_text(tokenizer, prompt, reply)) == head + ids
     texts = [whole_text(tokenizer, *row) for row in rows[1:]]
     wanted = reward.score(*zip(*rows[1:], strict=True))
-    torch.testing.assert_close(reward.score_texts(texts), wanted, rtol=0, atol=1e-5)
+    torch.testing.assert_close(reward.score_texts(texts, [None] * 2), wanted, rtol=0, atol=1e-5)
     bare = [text.removesuffix("</s>") for text in texts]
-    torch.testing.assert_close(reward.score_texts(bare, append_eos=True), wanted, rtol=0, atol=1e-5)
-    assert not torch.allclose(reward.score_texts(bare), wanted)
+    torch.testing.assert_close(reward.score_texts(bare, [None] * 2, append_eos=True), wanted, rtol=0, atol=1e-5)
+    assert not torch.allclose(reward.score_texts(bare, [None] * 2), wanted)
     with pytest.raises(DataError, match="no token"):
-        reward.score_texts([""])
+        reward.score_texts([""], [None])
+
+
+def test_a_policy_takes_whole_texts_with_their_prompts(policies, tokenizer):
+    scorer = ImplicitScorer(policies[0], tokenizer)
+    wanted = scorer.score([chat("Who?"), "Once. "], ["Mia.", "A kite!"])
+    prompts = ["<s><|user|>Who?<|assistant|>", "<s>Once. "]
+    texts = [prompts[0] + "Mia.</s>", prompts[1] + "A kite!</s>"]
+    torch.testing.assert_close(scorer.score_texts(texts, prompts), wanted, rtol=0, atol=1e-5)
+    bare = [text.removesuffix("</s>") for text in texts]
+    torch.testing.assert_close(scorer.score_texts(bare, prompts, append_eos=True), wanted, rtol=0, atol=1e-5)
+    for prompt in (None, "<s>Another"):
+        with pytest.raises(DataError, match="doesn't begin with a prompt"):
+            scorer.score_texts(texts[:1], [prompt])
 
 
 def test_open_knows_its_kinds(policies, tokenizer, tmp_path):

@@ -24,7 +24,7 @@ from xalign import RewardModel, scoring
 from xalign.data import toyworld
 from xalign.data.records import Message
 from xalign.errors import DataError
-from xalign.scoring import GoldScorer, RemoteScorer, RewardScorer, whole_text
+from xalign.scoring import GoldScorer, RemoteScorer, whole_text
 from xalign.serve import Batcher, Full, ServeLimits, rows_of
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -90,12 +90,12 @@ def test_200_requests_at_once_get_the_librarys_scores(server, folder):
 
     with ThreadPoolExecutor(200) as pool:
         replies = list(pool.map(one, texts))
-    flat = iter(scorer.score_texts([text for query in texts for text in query]).tolist())
+    flat = iter(scorer.score_texts(*zip(*[(text, None) for query in texts for text in query], strict=True)).tolist())
     for query, (status, reply) in zip(texts, replies, strict=True):
         assert status == 200 and reply.keys() == {"rewards", "scores", "extra_logs"}
         assert reply["scores"] == reply["rewards"] == reply["extra_logs"]["dummy_scores"]
         assert reply["rewards"] == pytest.approx([next(flat) for _ in query], abs=1e-5)
-    wanted = scorer.score_texts(["<s>one text</s>"]).tolist()
+    wanted = scorer.score_texts(["<s>one text</s>"], [None]).tolist()
     assert ask(server, {"query": "<s>one text</s>"})[1]["rewards"] == pytest.approx(wanted, abs=1e-5)
 
 
@@ -185,7 +185,7 @@ class Slow(GoldScorer):
         super().__init__()
         self.batches, self.go = [], threading.Event()
 
-    def score_texts(self, texts, *, append_eos=False):
+    def score_texts(self, texts, prompts, *, append_eos=False):
         self.go.wait(10)
         self.batches.append(list(texts))
         if "broken" in texts:
@@ -195,23 +195,27 @@ class Slow(GoldScorer):
         return torch.tensor([float("nan") if t == "nan" else len(t) for t in texts])
 
 
+def whole(*texts):
+    return [(True, text, None) for text in texts]
+
+
 def test_the_queue_is_bounded_batches_requests_and_keeps_faults_apart():
     async def scenario():
         scorer = Slow()
         batcher = Batcher(scorer, ServeLimits(batch_size=4, queue_size=9))
         worker = asyncio.create_task(batcher.run())
-        first = asyncio.create_task(batcher.ask(["x"]))
+        first = asyncio.create_task(batcher.ask(whole("x")))
         await asyncio.sleep(0.05)  # it is being scored now; the others wait
         requests = ["aa", "b"], ["bad"], ["broken"], ["nan"], ["ccc", "d", "eeeee"]
-        asked = [asyncio.create_task(batcher.ask(rows)) for rows in requests]
+        asked = [asyncio.create_task(batcher.ask(whole(*texts))) for texts in requests]
         await asyncio.sleep(0)
         with pytest.raises(Full):
-            await batcher.ask(["y"])
+            await batcher.ask(whole("y"))
         asked[4].cancel()
         await asyncio.sleep(0)
         scorer.go.set()
         results = await asyncio.gather(first, *asked, return_exceptions=True)
-        assert await batcher.ask(["zz", "y"]) == [2, 1]  # there is room again
+        assert await batcher.ask(whole("zz", "y")) == [2, 1]  # there is room again
         worker.cancel()
         batcher.close()
         return results, scorer.batches, batcher.rows
@@ -222,13 +226,14 @@ def test_the_queue_is_bounded_batches_requests_and_keeps_faults_apart():
     assert batches[:2] == [["x"], ["aa", "b", "bad", "broken"]] and ["ccc", "d", "eeeee"] not in batches
 
 
-def test_a_scorer_of_pairs_cuts_prompts_off_the_texts():
-    told = {"query": ["Hi there", "A b"], "prompts": ["Hi", "A "]}
-    assert rows_of(json.dumps(told).encode(), True) == [("Hi", " there"), ("A ", "b")]
-    assert rows_of(json.dumps(told).encode(), False) == ["Hi there", "A b"]
-    for prompts in (["hi"], ["Hi", "Hi"], [[]]):
-        with pytest.raises(DataError, match="beginning of its query"):
-            rows_of(json.dumps({"query": ["Hi"], "prompts": prompts}).encode(), True)
+def test_prompts_beside_a_query_are_handed_on_where_they_are_texts():
+    def rows(**told):
+        return rows_of(json.dumps({"query": ["Hi there", "A b"], **told}).encode())
+
+    assert rows(prompts=["Hi", "A "]) == [(True, "Hi there", "Hi"), (True, "A b", "A ")]
+    for prompts in (None, ["Hi"], 5, {}, [[], []]):  # nothing that OpenRLHF's server would refuse
+        assert rows(prompts=prompts) == [(True, "Hi there", None), (True, "A b", None)]
+    assert rows(prompts=["a", "b"], responses=["c", None]) == [(False, "a", "c"), (False, "b", None)]
 
 
 def test_what_is_not_installed_is_named(monkeypatch):
@@ -238,4 +243,3 @@ def test_what_is_not_installed_is_named(monkeypatch):
 
     with listen("127.0.0.1", 0) as listening, pytest.raises(ConfigError, match=r"xalign\[serve\]"):
         serve(GoldScorer(), listening, ServeLimits())
-    assert RewardScorer.score_texts and not hasattr(scoring.ImplicitScorer, "score_texts")

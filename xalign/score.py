@@ -65,7 +65,10 @@ def _serve(config: ScoreConfig) -> None:
 
     options = config.serve
     with listen(options.host, options.port) as listening:  # before the model is loaded: a taken port is told at once
-        serve(load(config.scorer), listening, ServeLimits(config.scorer.batch_size, options.queue_size, options.max_bytes,
+        scorer = load(config.scorer)
+        if not isinstance(scorer, scoring.GoldScorer | scoring.RewardScorer | scoring.ImplicitScorer):
+            raise ConfigError(f"--serve with --model {config.scorer.model}, which is served already: allowed is a model")
+        serve(scorer, listening, ServeLimits(config.scorer.batch_size, options.queue_size, options.max_bytes,
                                                           options.body_seconds, options.append_eos))
 
 

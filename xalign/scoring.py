@@ -54,10 +54,13 @@ class Scorer(Protocol):
 
 
 class TextScorer(Scorer, Protocol):
-    """A scorer that also takes whole texts, in which prompt and reply aren't told apart."""
+    """A scorer that also takes whole texts, as OpenRLHF sends them."""
 
-    def score_texts(self, texts: Sequence[str], *, append_eos: bool = False) -> Tensor:
-        """Scores (b,) of texts as OpenRLHF sends them: special tokens are written out, nothing is added but EOS if asked."""
+    def score_texts(self, texts: Sequence[str], prompts: Sequence[str | None], *, append_eos: bool = False) -> Tensor:
+        """Scores (b,) of texts with their special tokens written out; nothing is added but EOS if asked.
+
+        `prompts` are what they begin with, None where that is not known; a reward model doesn't ask. Raises `DataError`.
+        """
 
 
 def apart(prompt: Text, response: str | None) -> tuple[Text, Text]:
@@ -91,7 +94,7 @@ class GoldScorer:
             found.append(toyworld.gold_reward(told, response))
         return torch.tensor(found, dtype=torch.float32)
 
-    def score_texts(self, texts: Sequence[str], *, append_eos: bool = False) -> Tensor:
+    def score_texts(self, texts: Sequence[str], prompts: Sequence[str | None], *, append_eos: bool = False) -> Tensor:
         """As `TextScorer.score_texts`."""
         return self.score(texts, [None] * len(texts))
 
@@ -115,14 +118,14 @@ class RewardScorer:
         self.cut += self.model.truncated
         return rewards
 
-    def score_texts(self, texts: Sequence[str], *, append_eos: bool = False) -> Tensor:
+    def score_texts(self, texts: Sequence[str], prompts: Sequence[str | None], *, append_eos: bool = False) -> Tensor:
         """As `TextScorer.score_texts`."""
         limit, bos = min(self.max_length or 2**31, self.model.net.max_seq_len), self.tokenizer.bos_id
         rows = []
         for text in texts:
-            ids = parse(self.tokenizer, text)
-            if append_eos and ids[-1] != self.tokenizer.eos_id is not None:
-                ids.append(self.tokenizer.eos_id)
+            ids = parse(self.tokenizer, text, append_eos=append_eos)
+            if not ids:
+                raise DataError("a text of no token can't be scored")
             if len(ids) > limit:
                 self.cut += 1
                 head = ids[: int(ids[0] == bos)] if self.truncation_side == "left" else ids[: limit - 1]
@@ -152,7 +155,26 @@ class ImplicitScorer:
 
     def score(self, prompts: Sequence[Prompt], responses: Sequence[str | None], *, progress: str = "") -> Tensor:
         """As `Scorer.score`."""
-        rows = [self._encoded(*told) for told in checked(prompts, responses)]
+        rows = []
+        for prompt, response in checked(prompts, responses):
+            if response is None:
+                raise DataError("a policy gives the reward of a response, and here is none after the prompt")
+            head, ids, _ = render_completion(self.tokenizer, *apart(prompt, response))
+            rows.append(self._cut(head, ids))
+        return self._scores(rows, progress)
+
+    def score_texts(self, texts: Sequence[str], prompts: Sequence[str | None], *, append_eos: bool = False) -> Tensor:
+        """As `TextScorer.score_texts`."""
+        rows = []
+        for text, prompt in zip(texts, prompts, strict=True):
+            if prompt is None or not text.startswith(prompt):
+                raise DataError("a policy gives the reward of a response, and this text doesn't begin with a prompt of 'prompts'")
+            head = parse(self.tokenizer, prompt)
+            before = "" if not head else "token" if head[-1] in self.tokenizer.special_tokens.values() else "text"
+            rows.append(self._cut(head, parse(self.tokenizer, text.removeprefix(prompt), before, append_eos)))
+        return self._scores(rows, "")
+
+    def _scores(self, rows: list[EncodedPair], progress: str) -> Tensor:
         (ours, counts), theirs = chosen_logps(self.policy, rows, self.tokenizer.pad_id, self.batch_size, progress), None
         if self.reference is not None:
             theirs, _ = chosen_logps(self.reference, rows, self.tokenizer.pad_id, self.batch_size,
@@ -164,10 +186,7 @@ class ImplicitScorer:
             found /= torch.tensor(counts)
         return found.float()
 
-    def _encoded(self, prompt: Text, response: str | None) -> EncodedPair:
-        if response is None:
-            raise DataError("a policy gives the reward of a response, and here is none after the prompt")
-        head, ids, _ = render_completion(self.tokenizer, *apart(prompt, response))
+    def _cut(self, head: list[int], ids: list[int]) -> EncodedPair:
         row = EncodedPair(head, ids, ids)
         kept = truncate_pair(row, self.max_length)
         if kept is None or not ids or len(head) + len(ids) < 2:
@@ -277,18 +296,17 @@ def _spelt(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
     return parts
 
 
-def parse(tokenizer: Tokenizer, text: str) -> list[int]:
-    """The ids of a whole text in which special tokens are written out; nothing is added. Raises `DataError` for none at all."""
-    specials, before = tokenizer.special_tokens, ""
+def parse(tokenizer: Tokenizer, text: str, before: str = "", append_eos: bool = False) -> list[int]:
+    """The ids of a text in which special tokens are written out, with EOS behind it if asked; `before` as in `encode_part`."""
+    specials = tokenizer.special_tokens
     ids: list[int] = []
     for part in re.split(f"({either(specials)})", text):
         if part in specials:
             ids, before = [*ids, specials[part]], "token"
         elif part:
             ids, before = ids + tokenizer.encode_part(part, before), "text"
-    if not ids:
-        raise DataError("a text of no token can't be scored")
-    return ids
+    eos = tokenizer.eos_id
+    return [*ids, eos] if append_eos and eos is not None and ids[-1:] != [eos] else ids
 
 
 def open(spec: str, *, tokenizer: str | None = None, value_head_prefix: str | None = None, normalize: bool | None = None,

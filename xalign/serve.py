@@ -24,9 +24,9 @@ from typing import Any
 from xalign.data.records import Text
 from xalign.data.replies import as_text, reply_text
 from xalign.errors import ConfigError, DataError, XalignError
-from xalign.scoring import Scorer
+from xalign.scoring import TextScorer
 
-Row = str | tuple[Text, str | None]  # a whole text, or a prompt and its response
+Row = tuple[bool, Text, str | None]  # whether it is whole: a text and what it begins with; or a prompt and its response
 
 
 class Full(Exception):
@@ -47,7 +47,7 @@ class ServeLimits:
 class Batcher:
     """Scores the rows of concurrent requests together: one thread, first come first served, `queue_size` rows at most wait."""
 
-    def __init__(self, scorer: Scorer, limits: ServeLimits):
+    def __init__(self, scorer: TextScorer, limits: ServeLimits):
         self.scorer, self.limits = scorer, limits
         self.waiting: deque[tuple[list[Row], asyncio.Future[list[float]]]] = deque()
         self.rows = 0  # that wait or are being scored
@@ -95,20 +95,12 @@ class Batcher:
             return [error] if len(jobs) == 1 else [found for rows in jobs for found in self._scores([rows])]
 
     def _score(self, rows: list[Row]) -> list[float]:
-        found = [math.nan] * len(rows)
-        texts = [i for i, row in enumerate(rows) if isinstance(row, str)]
-        pairs = [i for i, row in enumerate(rows) if not isinstance(row, str)]
-        if texts:
-            if not hasattr(self.scorer, "score_texts"):
-                raise DataError("'query' alone doesn't tell prompt and response apart, as this scorer must; "
-                                "allowed: 'prompts', each the beginning of its query, or 'prompts' and 'responses'")
-            for i, value in zip(texts, self.scorer.score_texts([rows[i] for i in texts],
-                                                               append_eos=self.limits.append_eos).tolist(), strict=True):
-                found[i] = value
-        if pairs:
-            prompts, responses = zip(*(rows[i] for i in pairs), strict=True)
-            for i, value in zip(pairs, self.scorer.score(prompts, responses).tolist(), strict=True):
-                found[i] = value
+        whole = [row[1:] for row in rows if row[0]]
+        pairs = [row[1:] for row in rows if not row[0]]
+        texts = iter(self.scorer.score_texts([str(text) for text, _ in whole], [prompt for _, prompt in whole],
+                                             append_eos=self.limits.append_eos).tolist() if whole else [])
+        replies = iter(self.scorer.score([p for p, _ in pairs], [r for _, r in pairs]).tolist() if pairs else [])
+        found = [next(texts) if row[0] else next(replies) for row in rows]
         if not all(map(math.isfinite, found)):
             raise ArithmeticError("the model gave a score that is not finite")
         return found
@@ -120,11 +112,8 @@ class Batcher:
         self._thread.shutdown(wait=True, cancel_futures=True)
 
 
-def rows_of(body: bytes, splits: bool) -> list[Row]:
-    """The rows of a request; with `splits` prompts are cut off the texts, for a scorer that takes no whole ones.
-
-    Raises `DataError` for a request of another form.
-    """
+def rows_of(body: bytes) -> list[Row]:
+    """The rows of a request. Raises `DataError` for one of another form."""
     try:
         asked = json.loads(body)
     except RecursionError:
@@ -133,23 +122,21 @@ def rows_of(body: bytes, splits: bool) -> list[Row]:
         raise DataError(f"the body is not JSON ({error})") from None
     if not isinstance(asked, dict):
         raise DataError(f"the body must be a JSON object, not {type(asked).__name__}")
-    given = {name: _listed(asked, name) for name in ("query", "prompts", "responses") if asked.get(name) is not None}
+    used = ("query", "prompts", "responses") if asked.get("responses") is not None else ("query",)
+    given = {name: _listed(asked, name) for name in used if asked.get(name) is not None}
     prompts, responses, query = given.get("prompts"), given.get("responses"), given.get("query")
     if responses is not None:
         if prompts is None or len(prompts) != len(responses):
             raise DataError(f"{len(responses)} responses and {len(prompts or [])} prompts, allowed is as many of both")
-        return [(as_text(p, f"prompts[{i}]"), None if r is None else reply_text(r, f"responses[{i}]"))
+        return [(False, as_text(p, f"prompts[{i}]"), None if r is None else reply_text(r, f"responses[{i}]"))
                 for i, (p, r) in enumerate(zip(prompts, responses, strict=True))]
     if query is None:
         raise DataError(f"no 'query', only {', '.join(map(repr, asked))[:80] or 'nothing'}; "
                         "allowed: 'query', a list of texts, or 'prompts' and 'responses'")
     texts = [reply_text(text, f"query[{i}]", "query") for i, text in enumerate(query)]
-    if not splits or prompts is None:
-        return list(texts)
-    begins = [isinstance(p, str) and t.startswith(p) for p, t in zip(prompts, texts, strict=False)]
-    if len(prompts) != len(texts) or not all(begins):
-        raise DataError("each of 'prompts' must be the beginning of its query, and there must be as many of both")
-    return [(prompt, text.removeprefix(prompt)) for prompt, text in zip(prompts, texts, strict=True)]
+    prompts = asked.get("prompts")  # of OpenRLHF's, which not every scorer looks at
+    told = prompts if isinstance(prompts, list) and len(prompts) == len(texts) else [None] * len(texts)
+    return [(True, text, prompt if isinstance(prompt, str) else None) for text, prompt in zip(texts, told, strict=True)]
 
 
 def _listed(asked: dict[str, Any], name: str) -> list[Any]:
@@ -159,7 +146,7 @@ def _listed(asked: dict[str, Any], name: str) -> list[Any]:
     return value
 
 
-def application(scorer: Scorer, limits: ServeLimits) -> Any:
+def application(scorer: TextScorer, limits: ServeLimits) -> Any:
     """The ASGI application: POST /get_reward, and GET /health."""
     from starlette.applications import Starlette
     from starlette.requests import ClientDisconnect, Request
@@ -203,7 +190,7 @@ def application(scorer: Scorer, limits: ServeLimits) -> Any:
             return body
         assert batcher is not None
         try:
-            rows = rows_of(body, not hasattr(scorer, "score_texts"))
+            rows = rows_of(body)
             if len(rows) > limits.queue_size:
                 return PlainTextResponse(f"{len(rows)} texts in a request, allowed are {limits.queue_size} (--queue-size)", 413)
             scores = await batcher.ask(rows)
@@ -232,7 +219,7 @@ def listen(host: str, port: int) -> socket.socket:
         raise ConfigError(f"--host {host} --port {port}: can't listen there ({error.strerror or error})") from None
 
 
-def serve(scorer: Scorer, listening: socket.socket, limits: ServeLimits) -> None:
+def serve(scorer: TextScorer, listening: socket.socket, limits: ServeLimits) -> None:
     """Serve until SIGINT or SIGTERM; requests in progress get their replies (10 seconds at most are waited for)."""
     try:
         import uvicorn
