@@ -132,7 +132,7 @@ def test_a_policy_takes_whole_texts_with_their_prompts(policies, tokenizer):
     bare = [text.removesuffix("</s>") for text in texts]
     torch.testing.assert_close(scorer.score_texts(bare, prompts, append_eos=True), wanted, rtol=0, atol=1e-5)
     for prompt in (None, "<s>Another"):
-        with pytest.raises(DataError, match="doesn't begin with a prompt"):
+        with pytest.raises(DataError, match="no prompt is told"):
             scorer.score_texts(texts[:1], [prompt])
 
 

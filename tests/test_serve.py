@@ -63,7 +63,8 @@ def running(*arguments):
 
 @pytest.fixture(scope="module")
 def server(folder):
-    with running("--model", folder, "--max-bytes", 20000, "--body-seconds", 1, "--batch-size", 16) as (process, url):
+    limits = "--max-bytes", 20000, "--queue-size", 4096, "--body-seconds", 1, "--batch-size", 16
+    with running("--model", folder, *limits) as (process, url):
         yield url
         assert process.poll() is None
 

@@ -36,7 +36,7 @@ def _sft(arguments: Sequence[str], program: str) -> None:
 
 @contextlib.contextmanager
 def _kept() -> Iterator[None]:
-    """Say of a training that is interrupted (before its loop, which saves its state) that it is not lost."""
+    """Say of a run that is interrupted (a training: before its loop, which saves its state) that it is not lost."""
     try:
         yield
     except KeyboardInterrupt:
@@ -68,9 +68,10 @@ def _score(arguments: Sequence[str], program: str) -> None:
     from xalign.score_config import ScoreConfig
 
     config = parse(ScoreConfig, arguments, program, SHORT)
-    from xalign.score import run_score
+    with _kept() if config.score.output_dir else contextlib.nullcontext():
+        from xalign.score import run_score
 
-    run_score(config)
+        run_score(config)
 
 
 def _rewardbench(arguments: Sequence[str], program: str) -> None:
@@ -78,9 +79,10 @@ def _rewardbench(arguments: Sequence[str], program: str) -> None:
     from xalign.score_config import RewardBenchConfig
 
     config = parse(RewardBenchConfig, arguments, program)
-    from xalign.rewardbench import run_rewardbench
+    with _kept():
+        from xalign.rewardbench import run_rewardbench
 
-    run_rewardbench(config)
+        run_rewardbench(config)
 
 
 def _file_as_flag(arguments: Sequence[str]) -> list[str]:

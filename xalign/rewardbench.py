@@ -38,13 +38,13 @@ def run_rewardbench(config: RewardBenchConfig) -> None:
     files: list[tuple[str, str | None]] = [(file, None) for file in options.dataset]
     files += [(file, name) for name, file in prior.items()]
     rows = [row for file, name in files for row in itertools.islice(bench.read_rows(file, name), options.limit)]
-    with RunFolder(options.output_dir or Path("runs") / "rewardbench") as run:
+    name = options.run_name or name_of(options.judge or config.scorer.model)
+    with RunFolder(options.output_dir or Path("runs") / "rewardbench" / name) as run:
         claim(run, "rewardbench", config, [file for file, _ in files], options.overwrite)
         if (run.path / SUMMARY).exists():
             say(f"{run.path} is finished (--overwrite measures it anew). From its report:")
             print((run.path / REPORT).read_text(encoding="utf-8"))
             return
-        name = options.run_name or name_of(options.judge or config.scorer.model)
         measure = _Judged(options, config.scorer) if options.judge else _Scored(load(config.scorer), options)
         found = [row for part in chunked(rows, measure, run.path / RESULTS, len(rows), "rewardbench") for row in part]
         summary = _summary(rows, found)

@@ -77,7 +77,7 @@ def _score_file(config: ScoreConfig) -> None:
     total = sum(1 for _ in _records(options))  # reads all once: a bad record ends the program before anything is scored
     if options.output_dir is None:
         rewards, scorer = [], load(config.scorer)
-        for rows in chunked(_records(options), lambda part: _rows(scorer, part, options), None, total, "score"):
+        for rows in chunked(_records(options), lambda part: _rows(scorer, part), None, total, "score"):
             for row in rows:
                 print(json.dumps(strict(row), ensure_ascii=False, default=str))
                 rewards.append(_rewards(row))
@@ -90,7 +90,7 @@ def _score_file(config: ScoreConfig) -> None:
             print(run.path / SCORES)
             return
         scorer = load(config.scorer)
-        rewards = [_rewards(row) for rows in chunked(_records(options), lambda part: _rows(scorer, part, options),
+        rewards = [_rewards(row) for rows in chunked(_records(options), lambda part: _rows(scorer, part),
                                                      run.path / SCORES, total, "score") for row in rows]
         found = summary(rewards, scorer)
         finite = [r for row in rewards for r in row if math.isfinite(r)]
@@ -120,9 +120,13 @@ def _records(options: ScoreOptions) -> Iterator[tuple[dict[str, Any], Replies]]:
         yield record, Replies(as_prompt(told.prompt, options, where), told.replies, told.several, where)
 
 
-def _rows(scorer: Scorer, part: list[tuple[dict[str, Any], Replies]], options: ScoreOptions) -> list[dict[str, Any]]:
+def _rows(scorer: Scorer, part: list[tuple[dict[str, Any], Replies]]) -> list[dict[str, Any]]:
     """Records with their `reward`, or `rewards` where there are several replies."""
-    found = iter(scorer.score([t.prompt for _, t in part for _ in t.replies], [r for _, t in part for r in t.replies]).tolist())
+    prompts, replies = [t.prompt for _, t in part for _ in t.replies], [r for _, t in part for r in t.replies]
+    try:
+        found = iter(scorer.score(prompts, replies).tolist())
+    except DataError as error:
+        raise DataError(f"{part[0][1].where} to {part[-1][1].where}: {error}") from None
     rows = []
     for record, told in part:
         rewards = [next(found) for _ in told.replies]

@@ -8,9 +8,13 @@ from typing import Literal
 class ScorerOptions:
     """What scores."""
 
-    model: str = "runs/reward/model"
+    model: str = "runs/reward/reward"
     """A reward model's folder or its name on the hub; gold; dpo:POLICY,REFERENCE; sum:POLICY or avg:POLICY (no reference);
     http://HOST:PORT of a server, or several with commas."""
+    revision: str | None = None
+    """Branch, tag or commit of a model from the hub; none: its main branch."""
+    allow_pickle: bool = False
+    """Also load a model whose weights are pickled (by torch's weights_only reader)."""
     value_head_prefix: str | None = None
     """Name of the head's weight in others' reward models, without .weight; none: as the folder says, else score."""
     tokenizer: str | None = None
@@ -67,11 +71,11 @@ class ServeOptions:
     """Address to listen on; another machine reaches the server only at another one than this."""
     port: int = 5000
     """Port; 0: any free one, which is told."""
-    queue_size: int = 4096
+    queue_size: int = 16384
     """Texts that may wait; more are refused (503) until there is room."""
-    max_bytes: int = 8 * 2**20
+    max_bytes: int = 64 * 2**20
     """Bytes of a request at most (413)."""
-    body_seconds: float = 30.0
+    body_seconds: float = 60.0
     """How long a request may take to arrive (408)."""
     append_eos: bool = False
     """Queries that don't end with EOS get one; OpenRLHF's clients send it."""
@@ -106,7 +110,7 @@ class BenchOptions:
     seed: int = 0
     """Seed of the order in which a judge sees replies."""
     output_dir: str | None = None
-    """Folder of the results, in RewardBench's own files; none: runs/rewardbench. The same command goes on where it stopped."""
+    """Folder of the results, in RewardBench's own files; none: runs/rewardbench/<run name>. The same command goes on there."""
     run_name: str | None = None
     """Name of the model in the results; none: the last parts of --model or --judge."""
     overwrite: bool = False

@@ -168,7 +168,7 @@ class ImplicitScorer:
         rows = []
         for text, prompt in zip(texts, prompts, strict=True):
             if prompt is None or not text.startswith(prompt):
-                raise DataError("a policy gives the reward of a response, and this text doesn't begin with a prompt of 'prompts'")
+                raise DataError("a policy gives the reward of a response, and no prompt is told that this text begins with")
             head = parse(self.tokenizer, prompt)
             before = "" if not head else "token" if head[-1] in self.tokenizer.special_tokens.values() else "text"
             rows.append(self._cut(head, parse(self.tokenizer, text.removeprefix(prompt), before, append_eos)))
@@ -311,7 +311,7 @@ def parse(tokenizer: Tokenizer, text: str, before: str = "", append_eos: bool = 
 
 def open(spec: str, *, tokenizer: str | None = None, value_head_prefix: str | None = None, normalize: bool | None = None,
          beta: float = 0.1, max_length: int | None = None, truncation_side: TruncationSide = "left", batch_size: int = 32,
-         dtype: str | None = None, device: Any = None) -> Scorer:
+         dtype: str | None = None, device: Any = None, revision: str | None = None, allow_pickle: bool = False) -> Scorer:
     """The scorer that a string names (see above). Raises `ConfigError` for a string of another form, and as loading does.
 
     `tokenizer` is the folder of the one that writes texts for a server. What a kind of scorer has no use for is ignored.
@@ -320,12 +320,15 @@ def open(spec: str, *, tokenizer: str | None = None, value_head_prefix: str | No
     if spec == "gold":
         return GoldScorer()
     if kind in ("http", "https"):
-        return RemoteScorer(spec, load_tokenizer(tokenizer) if tokenizer else None, batch_size=batch_size)
+        writes = None if tokenizer is None else load_tokenizer(tokenizer)
+        if tokenizer is not None and writes is None:
+            raise ConfigError(f"{tokenizer}: there is no tokenizer in this folder, allowed is a folder with one")
+        return RemoteScorer(spec, writes, batch_size=batch_size)
     if kind in ("dpo", "sum", "avg") and colon:
         policy, comma, reference = rest.partition(",")
         if not policy or bool(reference) != (kind == "dpo") or bool(comma) != bool(reference):
             raise ConfigError(f"the scorer {spec!r} is not of the form dpo:POLICY,REFERENCE, sum:POLICY or avg:POLICY")
-        models = [_policy(path, dtype, device) for path in (policy, reference) if path]
+        models = [_policy(path, dtype, device, revision, allow_pickle) for path in (policy, reference) if path]
         if len(models) > 1 and models[0][1].vocab_size != models[1][1].vocab_size:
             raise ConfigError(f"{policy} and {reference} have vocabularies of {models[0][1].vocab_size} and "
                               f"{models[1][1].vocab_size} ids, allowed is the same")
@@ -335,12 +338,14 @@ def open(spec: str, *, tokenizer: str | None = None, value_head_prefix: str | No
     if not path:
         raise ConfigError("no scorer is named, allowed are FOLDER, gold, dpo:POLICY,REFERENCE, sum:POLICY, avg:POLICY, "
                           "http://HOST:PORT")
-    return RewardScorer(RewardModel.from_pretrained(path, dtype, device, value_head_prefix), batch_size=batch_size,
-                        max_length=max_length, truncation_side=truncation_side, normalize=normalize)
+    model = RewardModel.from_pretrained(path, dtype, device, value_head_prefix, allow_pickle=allow_pickle, revision=revision)
+    return RewardScorer(model, batch_size=batch_size, max_length=max_length, truncation_side=truncation_side,
+                        normalize=normalize)
 
 
-def _policy(path: str, dtype: str | None, device: Any) -> tuple[TransformerWrapper, Tokenizer]:
-    model, tokenizer = load_pretrained(path, dtype, device)
+def _policy(path: str, dtype: str | None, device: Any, revision: str | None,
+            allow_pickle: bool) -> tuple[TransformerWrapper, Tokenizer]:
+    model, tokenizer = load_pretrained(path, dtype, device, allow_pickle=allow_pickle, revision=revision)
     if tokenizer is None:
         raise ConfigError(f"{path}: there is no tokenizer in this folder, allowed is a folder with one")
     if tokenizer.vocab_size > model.num_tokens:

@@ -38,9 +38,9 @@ class ServeLimits:
     """What the server holds and waits for at most: texts that run together and that wait, bytes and seconds of a body."""
 
     batch_size: int = 64
-    queue_size: int = 4096
-    max_bytes: int = 8 * 2**20
-    body_seconds: float = 30.0
+    queue_size: int = 16384
+    max_bytes: int = 64 * 2**20
+    body_seconds: float = 60.0
     append_eos: bool = False
 
 
