@@ -147,6 +147,11 @@ def test_large_unknown_and_slow_requests(server):
             for _ in range(30):
                 client.sendall(b"400\r\n" + b"x" * 1024 + b"\r\n")
         assert client.recv(200).startswith(b"HTTP/1.1 413")
+        # requests that stop in the middle, together more than the server holds
+        many = [stack.enter_context(socket.create_connection(("127.0.0.1", port))) for _ in range(8)]
+        for client in many:
+            client.sendall(b"POST /get_reward HTTP/1.1\r\nHost: x\r\nContent-Length: 19999\r\n\r\n" + b"x" * 19000)
+        assert {client.recv(200).split()[1] for client in many} == {b"408", b"503"}
     assert ask(server, {"query": ["fine"]})[0] == 200
 
 

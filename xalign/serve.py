@@ -26,6 +26,7 @@ from xalign.data.replies import as_text, reply_text
 from xalign.errors import ConfigError, DataError, XalignError
 from xalign.scoring import TextScorer
 
+HELD = 4  # of the largest requests so much may be in memory at once
 Row = tuple[bool, Text, str | None]  # whether it is whole: a text and what it begins with; or a prompt and its response
 
 
@@ -81,18 +82,19 @@ class Batcher:
                     size += len(job[0])
             if not self.waiting:
                 self._arrived.clear()
-            for (_, future), found in zip(batch, await loop.run_in_executor(self._thread, self._scores, [r for r, _ in batch]),
-                                          strict=True):
+            results = await loop.run_in_executor(self._thread, self._scores, [rows for rows, _ in batch])
+            for (_, future), found in zip(batch, results, strict=True):
                 if not future.done():
                     future.set_exception(found) if isinstance(found, Exception) else future.set_result(found)
 
     def _scores(self, jobs: list[list[Row]]) -> list[list[float] | Exception]:
-        """The scores of each request or what went wrong with it: together, and where that fails each by itself."""
+        """The scores of each request or what went wrong with it: all together, and where that fails each half by itself."""
         try:
             flat = iter(self._score([row for rows in jobs for row in rows]))
             return [[next(flat) for _ in rows] for rows in jobs]
         except Exception as error:  # goes to whoever asked; the server lives on
-            return [error] if len(jobs) == 1 else [found for rows in jobs for found in self._scores([rows])]
+            half = len(jobs) // 2
+            return [error] if not half else self._scores(jobs[:half]) + self._scores(jobs[half:])
 
     def _score(self, rows: list[Row]) -> list[float]:
         whole = [row[1:] for row in rows if row[0]]
@@ -154,6 +156,7 @@ def application(scorer: TextScorer, limits: ServeLimits) -> Any:
     from starlette.routing import Route
 
     batcher: Batcher | None = None
+    held = 0  # bytes of all requests in progress
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -164,30 +167,41 @@ def application(scorer: TextScorer, limits: ServeLimits) -> Any:
         worker.cancel()
         batcher.close()
 
-    async def received(request: Request) -> bytes | Response:
+    async def received(request: Request, body: bytearray) -> Response | None:
+        """Read the body into `body`; gives the refusal where it is too large, or doesn't come."""
+        nonlocal held
         told = request.headers.get("content-length", "0")
         too_large = PlainTextResponse(f"the body is larger than {limits.max_bytes} bytes (--max-bytes)", 413)
         if told.isdigit() and int(told) > limits.max_bytes:
             return too_large
-        body = bytearray()
         try:
             async with asyncio.timeout(limits.body_seconds):
                 async for part in request.stream():
                     body += part
+                    held += len(part)
                     if len(body) > limits.max_bytes:
                         return too_large
+                    if held > HELD * limits.max_bytes and held > len(body):
+                        return PlainTextResponse("too much is being received at once, try again", 503, {"Retry-After": "1"})
         except TimeoutError:
             return PlainTextResponse(f"the body didn't come within {limits.body_seconds:g} seconds", 408)
-        return bytes(body)
+        return None
 
     async def get_reward(request: Request) -> Response:
+        nonlocal held
+        body = bytearray()
         try:
-            body = await received(request)
+            refusal = await received(request, body)
+            if refusal is None:
+                return await answer(bytes(body))
+            refusal.headers["Connection"] = "close"  # the rest of the body is not waited for
+            return refusal
         except ClientDisconnect:
             return Response(status_code=400)  # there is nobody to read it
-        if isinstance(body, Response):
-            body.headers["Connection"] = "close"  # the rest of the body is not waited for
-            return body
+        finally:
+            held -= len(body)
+
+    async def answer(body: bytes) -> Response:
         assert batcher is not None
         try:
             rows = rows_of(body)
