@@ -150,6 +150,10 @@ def test_open_knows_its_kinds(policies, tokenizer, tmp_path):
     for bad in (f"dpo:{folders[0]}", f"avg:{folders[0]},{folders[1]}", "sum:", "dpo:,x", ""):
         with pytest.raises(ConfigError, match=r"dpo:POLICY,REFERENCE"):
             scoring.open(bad)
+    for spec, setting in (("gold", {"max_length": 9}), (f"sum:{folders[0]}", {"normalize": True}), ("rm", {"tokenizer": "x"}),
+                          ("http://h", {"truncation_side": "right"})):
+        with pytest.raises(ConfigError, match=f"{next(iter(setting))} is .* has no use for"):
+            scoring.open(spec, **setting)
     with pytest.raises(ConfigError, match="allowed is"):
         RemoteScorer("127.0.0.1:80")
 
@@ -294,6 +298,7 @@ def test_a_killed_file_goes_on_to_the_same_bytes(tmp_path, monkeypatch, reward):
     arguments = ["score", "--model", "rm", "--dataset", data, "--output-dir"]
     main([*arguments, str(tmp_path / "whole")])
     whole = (tmp_path / "whole/scores.jsonl").read_bytes()
+    cut = json.loads((tmp_path / "whole/summary.json").read_text())["texts_cut"]
     code = ("import os, sys; from xalign import score; from xalign.cli import main\n"
             "score.CHUNK, told, left = 4, score._rows, [2]\n"
             "def rows(*a):\n    left[0] -= 1\n    if left[0] < 0: os.kill(os.getpid(), 9)\n    return told(*a)\n"
@@ -314,13 +319,14 @@ def test_a_killed_file_goes_on_to_the_same_bytes(tmp_path, monkeypatch, reward):
     assert seen == [2]
     main([*gold, str(tmp_path / "again")])
     assert (killed / "scores.jsonl").read_bytes() == (tmp_path / "again/scores.jsonl").read_bytes()
-    # and with a model, where batches change last bits: cut at any place, the same bytes
+    # and with a model, of which texts are cut, where batches change last bits: cut at any place, the same bytes
     monkeypatch.setattr(scoring, "open", lambda *_, **__: reward)
     for size in (0, 1, len(whole) // 2, len(whole) - 1):
         (tmp_path / "whole/summary.json").unlink()
         (tmp_path / "whole/scores.jsonl").write_bytes(whole[:size])
         main([*arguments, str(tmp_path / "whole")])
         assert (tmp_path / "whole/scores.jsonl").read_bytes() == whole
+        assert json.loads((tmp_path / "whole/summary.json").read_text())["texts_cut"] == cut > 0
 
 
 def test_columns_chat_and_a_system_turn(tmp_path, monkeypatch, capsys):
@@ -358,4 +364,4 @@ def test_a_histogram_of_anything():
     assert program.histogram([]) == [] and len(program.histogram([1.0, 1.0])) == 1
     lines = program.histogram([0, 0, 0, 1])
     assert lines[0].count("█") == 40 and lines[-1].endswith(" 1") and len(lines) == 12
-    assert program.summary([[math.nan, 1.0], [2.0, 3.0]], None)["not_finite"] == 1
+    assert program.summary([[math.nan, 1.0], [2.0, 3.0]], 0)["not_finite"] == 1

@@ -17,7 +17,7 @@ from xalign.evaluation.judge import Judge
 from xalign.evaluation.rewardbench import PRIOR, PRIOR_SETS, PUBLISHED, ROWS, SECTIONS, SUBSETS_2, BenchRow, as_messages
 from xalign.prepare import say
 from xalign.runs import RunFolder, strict
-from xalign.score import SUMMARY, chunked, claim, load
+from xalign.score import SUMMARY, chunked, claim, load, texts_cut
 from xalign.score_config import BenchOptions, RewardBenchConfig, ScorerOptions
 from xalign.scoring import Scorer
 from xalign.stages import choose_device, load_model
@@ -46,8 +46,8 @@ def run_rewardbench(config: RewardBenchConfig) -> None:
             print((run.path / REPORT).read_text(encoding="utf-8"))
             return
         measure = _Judged(options, config.scorer) if options.judge else _Scored(load(config.scorer), options)
-        found = [row for part in chunked(rows, measure, run.path / RESULTS, len(rows), "rewardbench") for row in part]
-        summary = _summary(rows, found)
+        found = [row for part in chunked(rows, measure, run, RESULTS, len(rows), measure.scorer) for row in part]
+        summary = _summary(rows, found) | {"texts_cut": texts_cut(run)}
         about = {"model": name, "model_type": _type(options.judge, config.scorer.model),
                  "chat_template": "tokenizer" if measure.chat else "none"}
         for file, content in official(rows, found, summary["subsets"], about, measure.chat).items():
@@ -81,6 +81,7 @@ class _Judged:
 
     def __init__(self, options: BenchOptions, scorer: ScorerOptions):
         model, tokenizer = load_model(str(options.judge), scorer.dtype, choose_device(scorer.device))
+        self.scorer = None
         self.judge = Judge(NativeBackend(model, tokenizer, scorer.batch_size),
                            SamplingParams(temperature=0, max_new_tokens=options.judge_max_new_tokens), options.seed)
 
@@ -190,6 +191,8 @@ def _report(name: str, rows: Sequence[BenchRow], summary: Mapping[str, Any]) -> 
     parts += ["## Subsets", "\n".join(lines)]
     if summary["no_verdict"]:
         parts.append(f"{summary['no_verdict']:,} judgements held no verdict: each counts as a draw.")
+    if summary["texts_cut"]:
+        parts.append(f"{summary['texts_cut']:,} texts were longer than the limit and were cut.")
     return "\n\n".join(parts) + "\n"
 
 

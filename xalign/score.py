@@ -21,7 +21,7 @@ from xalign.disk import write_atomically, writing
 from xalign.errors import ConfigError, DataError
 from xalign.evaluation.report import save_histogram
 from xalign.prepare import data_digest, say
-from xalign.runs import RunFolder, strict
+from xalign.runs import METRICS, RunFolder, read_jsonl, strict
 from xalign.score_config import ScoreConfig, ScoreOptions, ScorerOptions
 from xalign.scoring import Scorer
 from xalign.stages import choose_device
@@ -77,11 +77,11 @@ def _score_file(config: ScoreConfig) -> None:
     total = sum(1 for _ in _records(options))  # reads all once: a bad record ends the program before anything is scored
     if options.output_dir is None:
         rewards, scorer = [], load(config.scorer)
-        for rows in chunked(_records(options), lambda part: _rows(scorer, part), None, total, "score"):
+        for rows in chunked(_records(options), lambda part: _rows(scorer, part), None, "", total, scorer):
             for row in rows:
                 print(json.dumps(strict(row), ensure_ascii=False, default=str))
                 rewards.append(_rewards(row))
-        say(_told(summary(rewards, scorer), rewards))
+        say(_told(summary(rewards, getattr(scorer, "cut", 0)), rewards))
         return
     with RunFolder(options.output_dir) as run:
         claim(run, "score", config, [str(options.dataset)], options.overwrite)
@@ -90,9 +90,9 @@ def _score_file(config: ScoreConfig) -> None:
             print(run.path / SCORES)
             return
         scorer = load(config.scorer)
-        rewards = [_rewards(row) for rows in chunked(_records(options), lambda part: _rows(scorer, part),
-                                                     run.path / SCORES, total, "score") for row in rows]
-        found = summary(rewards, scorer)
+        parts = chunked(_records(options), lambda part: _rows(scorer, part), run, SCORES, total, scorer)
+        rewards = [_rewards(row) for rows in parts for row in rows]
+        found = summary(rewards, texts_cut(run))
         finite = [r for row in rewards for r in row if math.isfinite(r)]
         save_histogram(run.path / PICTURE, finite, f"rewards by {config.scorer.model}")
         about = {"model": config.scorer.model, "dataset": options.dataset}
@@ -140,30 +140,41 @@ def _rewards(row: dict[str, Any]) -> list[float]:
     return [math.nan if r is None else r for r in rewards]
 
 
-def chunked(items: Iterable[T], work: Callable[[list[T]], list[dict[str, Any]]], path: Path | None, total: int,
-            progress: str) -> Iterator[list[dict[str, Any]]]:
-    """What `work` makes of `items`, a JSON object each, `CHUNK` at a time; kept in `path`, from which a killed run goes on.
+def chunked(items: Iterable[T], work: Callable[[list[T]], list[dict[str, Any]]], run: RunFolder | None, name: str, total: int,
+            scorer: Any) -> Iterator[list[dict[str, Any]]]:
+    """What `work` makes of `items`, a JSON object each, `CHUNK` at a time; a run keeps it in its file `name` and goes on there.
 
-    There whole chunks stand, so that what is still to do is batched as it would have been.
+    The file holds whole chunks, so that what is still to do is batched as it would have been; how many texts `scorer` cut is in
+    metrics.jsonl.
     """
     items = iter(items)
-    kept = 0
-    if path is not None:
-        for rows in _kept(path):
-            kept += len(rows)
+    done = 0
+    if run is not None:
+        for rows in _kept(run.path / name):
+            done += len(rows)
             yield rows
-        next(itertools.islice(items, kept, kept), None)  # skips them
-    with tqdm(total=total, initial=kept, desc=progress, unit="record", mininterval=1) as bar:
+        next(itertools.islice(items, done, done), None)  # skips them
+        run.rewind(done)
+    with tqdm(total=total, initial=done, desc="score", unit="record", mininterval=1) as bar:
         while part := list(itertools.islice(items, CHUNK)):
+            before = getattr(scorer, "cut", 0)
             rows = work(part)
             assert len(rows) == len(part)
-            if path is not None:
-                with writing(path), open(path, "a", encoding="utf-8") as file:
+            done += len(rows)
+            if run is not None:
+                run.log(METRICS, {"step": done, "texts_cut": getattr(scorer, "cut", 0) - before})
+                with writing(path := run.path / name), open(path, "a", encoding="utf-8") as file:
                     file.write("".join(json.dumps(strict(row), ensure_ascii=False, default=str) + "\n" for row in rows))
                     file.flush()
                     os.fsync(file.fileno())
             bar.update(len(rows))
             yield rows
+
+
+def texts_cut(run: RunFolder) -> int:
+    """How many texts were cut to the limit in a run, before and after it was stopped."""
+    path = run.path / METRICS
+    return sum(line["texts_cut"] for line in read_jsonl(path)) if path.exists() else 0
 
 
 def _kept(path: Path) -> Iterator[list[dict[str, Any]]]:
@@ -181,12 +192,12 @@ def _kept(path: Path) -> Iterator[list[dict[str, Any]]]:
             yield [json.loads(line) for line in part]
 
 
-def summary(rewards: Sequence[Sequence[float]], scorer: Any) -> dict[str, Any]:
-    """Numbers of all rewards; `top_1` is the mean of each prompt's best, where there are several."""
+def summary(rewards: Sequence[Sequence[float]], cut: int) -> dict[str, Any]:
+    """Numbers of all rewards, and how many texts were cut; `top_1` is the mean of the best of each prompt."""
     flat = np.array([r for row in rewards for r in row], dtype=np.float64)
     finite = flat[np.isfinite(flat)]
     found: dict[str, Any] = {"records": len(rewards), "scores": len(flat), "not_finite": len(flat) - len(finite),
-                             "texts_cut": getattr(scorer, "cut", None)}
+                             "texts_cut": cut}
     if len(finite):
         found |= {"mean": float(finite.mean()), "std": float(finite.std()), "min": float(finite.min()),
                   "max": float(finite.max()),

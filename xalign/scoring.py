@@ -9,6 +9,7 @@
     http://HOST:PORT[,...]    servers that speak OpenRLHF's /get_reward (`xalign score --serve` is one)
 """
 
+import http.client
 import json
 import re
 import time
@@ -26,7 +27,7 @@ from tqdm import tqdm
 from xalign.checkpoint import load_pretrained
 from xalign.data import toyworld
 from xalign.data.chat_template import render_completion
-from xalign.data.collate import EncodedPair, truncate_pair
+from xalign.data.collate import EncodedPair, TruncationMode, truncate_pair
 from xalign.data.records import Message, Text
 from xalign.data.replies import as_text
 from xalign.errors import CheckpointError, ConfigError, DataError, XalignError
@@ -140,17 +141,20 @@ class ImplicitScorer:
 
     With a `reference`: beta (log pi - log ref), DPO's implicit reward (Rafailov et al. 2023, arXiv 2305.18290, eq. 5);
     RewardBench's is the same without beta. Without: log pi, `kind` "sum" or, for each token, "avg".
-    Longer texts than `max_length` (None: what both models hold) lose their prompt's beginning first; `cut` counts them.
+    Longer texts than `max_length` (None: what both models hold) lose their prompt's beginning first, or with `truncation_side`
+    right their end; `cut` counts them.
     """
 
     def __init__(self, policy: TransformerWrapper, tokenizer: Tokenizer, reference: TransformerWrapper | None = None, *,
-                 kind: Literal["sum", "avg"] = "sum", beta: float = 0.1, batch_size: int = 32, max_length: int | None = None):
+                 kind: Literal["sum", "avg"] = "sum", beta: float = 0.1, batch_size: int = 32, max_length: int | None = None,
+                 truncation_side: TruncationSide = "left"):
         if kind not in ("sum", "avg") or (reference is not None and kind == "avg"):
             raise ConfigError(f"kind is {kind!r}, allowed is 'sum', or 'avg' without a reference")
         self.policy, self.reference, self.tokenizer = policy, reference, tokenizer
         self.kind, self.beta, self.batch_size = kind, beta, batch_size
         models = [model for model in (policy, reference) if model is not None]
         self.max_length = min([m.max_seq_len for m in models] + ([] if max_length is None else [max_length]))
+        self.mode: TruncationMode = "keep_end" if truncation_side == "left" else "keep_start"
         self.chat, self.cut = bool(tokenizer.chat_template), 0
 
     def score(self, prompts: Sequence[Prompt], responses: Sequence[str | None], *, progress: str = "") -> Tensor:
@@ -188,7 +192,7 @@ class ImplicitScorer:
 
     def _cut(self, head: list[int], ids: list[int]) -> EncodedPair:
         row = EncodedPair(head, ids, ids)
-        kept = truncate_pair(row, self.max_length)
+        kept = truncate_pair(row, self.max_length, self.mode)
         if kept is None or not ids or len(head) + len(ids) < 2:
             raise DataError(f"a response of {len(ids)} tokens to a prompt of {len(head)} has none to score")
         self.cut += kept is not row
@@ -267,7 +271,7 @@ def post(url: str, body: dict[str, Any], tries: int, timeout: float) -> dict[str
             if error.code < 500 and error.code != 429:
                 raise DataError(what) from None
             wait = min(30.0, float(error.headers["Retry-After"])) if str(error.headers["Retry-After"]).isdigit() else 1.0
-        except (OSError, ValueError) as error:  # not reached, cut off, or no JSON
+        except (OSError, ValueError, http.client.HTTPException) as error:  # not reached, cut off, or no JSON
             if isinstance(error, XalignError):
                 raise
             what = f"{url}: {getattr(error, 'reason', None) or error or type(error).__name__}"
@@ -314,17 +318,26 @@ def open(spec: str, *, tokenizer: str | None = None, value_head_prefix: str | No
          dtype: str | None = None, device: Any = None, revision: str | None = None, allow_pickle: bool = False) -> Scorer:
     """The scorer that a string names (see above). Raises `ConfigError` for a string of another form, and as loading does.
 
-    `tokenizer` is the folder of the one that writes texts for a server. What a kind of scorer has no use for is ignored.
+    `tokenizer` is the folder of the one that writes texts for a server. A setting that the kind of scorer has no use for is
+    refused, but for `beta`, `batch_size`, `dtype` and `device`.
     """
     kind, colon, rest = spec.partition(":")
+    kinds = [("tokenizer", tokenizer, ("http", "https")), ("value_head_prefix", value_head_prefix, ()),
+             ("normalize", normalize, ()), ("max_length", max_length, ("dpo", "sum", "avg")),
+             ("revision", revision, ("dpo", "sum", "avg")),
+             ("truncation_side", None if truncation_side == "left" else truncation_side, ("dpo", "sum", "avg"))]
+    own = spec == "gold" or (bool(colon) and kind in ("http", "https", "dpo", "sum", "avg"))
+    for name, value, used in kinds:
+        if value is not None and (kind not in used if own else name == "tokenizer"):
+            raise ConfigError(f"{name} is {value!r}, which the scorer {spec!r} has no use for: allowed is to leave it out")
     if spec == "gold":
         return GoldScorer()
-    if kind in ("http", "https"):
+    if own and kind in ("http", "https"):
         writes = None if tokenizer is None else load_tokenizer(tokenizer)
         if tokenizer is not None and writes is None:
             raise ConfigError(f"{tokenizer}: there is no tokenizer in this folder, allowed is a folder with one")
         return RemoteScorer(spec, writes, batch_size=batch_size)
-    if kind in ("dpo", "sum", "avg") and colon:
+    if own:
         policy, comma, reference = rest.partition(",")
         if not policy or bool(reference) != (kind == "dpo") or bool(comma) != bool(reference):
             raise ConfigError(f"the scorer {spec!r} is not of the form dpo:POLICY,REFERENCE, sum:POLICY or avg:POLICY")
@@ -333,7 +346,7 @@ def open(spec: str, *, tokenizer: str | None = None, value_head_prefix: str | No
             raise ConfigError(f"{policy} and {reference} have vocabularies of {models[0][1].vocab_size} and "
                               f"{models[1][1].vocab_size} ids, allowed is the same")
         return ImplicitScorer(*models[0], models[1][0] if len(models) > 1 else None, kind="avg" if kind == "avg" else "sum",
-                              beta=beta, batch_size=batch_size, max_length=max_length)
+                              beta=beta, batch_size=batch_size, max_length=max_length, truncation_side=truncation_side)
     path = rest if kind == "rm" and colon else spec
     if not path:
         raise ConfigError("no scorer is named, allowed are FOLDER, gold, dpo:POLICY,REFERENCE, sum:POLICY, avg:POLICY, "
