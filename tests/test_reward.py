@@ -83,7 +83,7 @@ def test_what_both_sides_begin_with_runs_once_to_the_same_rewards_and_gradients(
         model.zero_grad(set_to_none=True)
     assert len(found[0]) == len(found[1]) > 10
     for a, b in zip(*found, strict=True):
-        torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-4)
+        assert (a - b).norm() < 1e-4 * b.norm() + 1e-6
 
 
 def test_the_head_is_openrlhfs_and_fp32():
@@ -159,7 +159,8 @@ def test_long_texts_are_cut_on_the_side_that_is_said_and_counted():
 def test_a_cut_text_keeps_its_begin_and_end(prompt, response, limit, mode, chat):
     tokenizer = chats()
     text = (prompt, response) if not chat else ((Message("user", prompt),), (Message("assistant", response),))
-    whole = sum(encode_scored(*text, tokenizer, 1000)[:2], [])
+    first, last, _ = encode_scored(*text, tokenizer, 1000)
+    whole = first + last
     head, reply, cut = encode_scored(*text, tokenizer, limit, mode)
     assert cut == (len(whole) > limit) and len(head + reply) == min(limit, len(whole))
     assert (head + reply)[0] == 257 and (head + reply)[-1] == 258
@@ -168,7 +169,8 @@ def test_a_cut_text_keeps_its_begin_and_end(prompt, response, limit, mode, chat)
 
 def test_a_template_that_goes_on_behind_the_end_of_a_turn_is_scored_as_it_was_trained():
     tokenizer = ByteTokenizer(("<|im_start|>", "<|im_end|>"))
-    tokenizer.chat_template = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+    tokenizer.chat_template = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
+    tokenizer.chat_template += "{% endfor %}"
     tokenizer.chat_template += "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
     model = reward(tokenizer=tokenizer)
     for side, limit in (("left", 64), ("right", 20)):
@@ -274,7 +276,8 @@ def test_what_the_folder_says_comes_back(tmp_path):
     expected = model.score(["a"], ["b"])
     save_pretrained(model, tmp_path / "m", model.tokenizer)
     again = RewardModel.from_pretrained(tmp_path / "m", dtype="bfloat16")
-    assert (again.mean, again.std, again.normalize_reward) == (0.25, 1.5, True) and again.net.token_emb.weight.dtype.itemsize == 2
+    assert (again.mean, again.std, again.normalize_reward) == (0.25, 1.5, True)
+    assert again.net.token_emb.weight.dtype == torch.bfloat16
     assert torch.equal(RewardModel.from_pretrained(tmp_path / "m").score(["a"], ["b"]), expected)
     config = json.loads((tmp_path / "m/config.json").read_text())
     assert config["architectures"] == ["LlamaForSequenceClassification"] and config["id2label"] == {"0": "LABEL_0"}
@@ -312,7 +315,7 @@ def test_others_heads_by_flag_or_config_and_their_leftover_logits(tmp_path):
         change(folder, value_head_prefix="value_head")
     change(folder, lambda state: state | {"lm_head.weight": torch.randn(V, 32)})
     assert torch.equal(RewardModel.from_pretrained(folder).score(["a"], ["b"]), expected)
-    with pytest.raises(CheckpointError, match=r"no trained reward head score.weight, only the unknown value_head.weight: allowed"):
+    with pytest.raises(CheckpointError, match=r"no trained reward head score.weight, only the unknown value_head.weight"):
         RewardModel.from_pretrained(folder, value_head_prefix="score")
 
 

@@ -287,16 +287,18 @@ RewardModel.from_pretrained = staticmethod(load_reward)
 RewardModel.save_pretrained = save_pretrained
 
 
-def outline(path: str | os.PathLike, *, allow_pickle: bool = False,
-            revision: str | None = None) -> tuple[TransformerWrapper, Layout, Path]:
-    """A checkpoint's model on the meta device, without weights, with their layout and the folder; see `load_pretrained`."""
+def outline(path: str | os.PathLike, *, allow_pickle: bool = False, revision: str | None = None,
+            rewards: bool = False) -> tuple[TransformerWrapper, Layout, Path]:
+    """A checkpoint's model on the meta device, without weights, with their layout and the folder; see `load_pretrained`.
+
+    With `rewards` it may be a reward model's, of which the decoder is what is given.
+    """
     folder, config = _folder(path, allow_pickle, revision)
-    if hf.is_reward(config):
+    if hf.is_reward(config) and not rewards:
         raise CheckpointError(f"{path} is a reward model's folder, allowed is a language model's: "
                               "RewardModel.from_pretrained opens it")
-    model, layout = _outline(folder, config)
-    assert isinstance(model, TransformerWrapper)
-    return model, layout, folder
+    model, layout = _outline(folder, config, None if hf.is_reward(config) else False)
+    return _network(model), layout, folder
 
 
 def _folder(path: str | os.PathLike, allow_pickle: bool, revision: str | None) -> tuple[Path, dict[str, Any]]:

@@ -23,6 +23,17 @@ def _dpo(arguments: Sequence[str], program: str) -> None:
         run_dpo(config)
 
 
+def _reward(arguments: Sequence[str], program: str) -> None:
+    from xalign.config import RewardConfig
+    from xalign.flags import parse
+
+    config = parse(RewardConfig, arguments, program)
+    with _kept():
+        from xalign.train_reward import run_reward
+
+        run_reward(config)
+
+
 def _sft(arguments: Sequence[str], program: str) -> None:
     from xalign.config import SFTConfig
     from xalign.flags import parse
@@ -118,6 +129,7 @@ def _file_as_flag(arguments: Sequence[str]) -> list[str]:
 COMMANDS: dict[str, tuple[Callable[[Sequence[str], str], None], str]] = {
     "sft": (_sft, "train a model to imitate text or conversations"),
     "dpo": (_dpo, "align a model with preference pairs (train_dpo.py)"),
+    "reward": (_reward, "train a reward model on preference pairs"),
     "generate": (_generate, "continue prompts with a trained model (generate.py)"),
     "score": (_score, "score replies with a reward model, a DPO policy or a server; --serve does it over HTTP"),
     "rewardbench": (_rewardbench, "measure a reward model, a DPO policy or a judge on RewardBench"),

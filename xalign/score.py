@@ -19,7 +19,7 @@ from xalign.data.replies import REPLY_NAMES, Replies, to_replies
 from xalign.data.sources import column_names
 from xalign.disk import write_atomically, writing
 from xalign.errors import ConfigError, DataError
-from xalign.evaluation.report import save_histogram
+from xalign.evaluation.report import pyplot, save_figure
 from xalign.prepare import data_digest, say
 from xalign.runs import METRICS, RunFolder, read_jsonl, strict
 from xalign.score_config import ScoreConfig, ScoreOptions, ScorerOptions
@@ -93,8 +93,7 @@ def _score_file(config: ScoreConfig) -> None:
         parts = chunked(_records(options), lambda part: _rows(scorer, part), run, SCORES, total, scorer)
         rewards = [_rewards(row) for rows in parts for row in rows]
         found = summary(rewards, texts_cut(run))
-        finite = [r for row in rewards for r in row if math.isfinite(r)]
-        save_histogram(run.path / PICTURE, finite, f"rewards by {config.scorer.model}")
+        _draw(run.path, [r for row in rewards for r in row if math.isfinite(r)], f"rewards by {config.scorer.model}")
         about = {"model": config.scorer.model, "dataset": options.dataset}
         write_atomically(run.path / SUMMARY, json.dumps(strict(about | found), indent=2) + "\n")
         say(_told(found, rewards))
@@ -205,6 +204,18 @@ def summary(rewards: Sequence[Sequence[float]], cut: int) -> dict[str, Any]:
         if any(len(row) > 1 for row in rewards):
             found["top_1"] = float(np.mean([best for row in rewards if math.isfinite(best := max(row))]))
     return found
+
+
+def _draw(folder: Path, values: Sequence[float], title: str) -> None:
+    """The distribution with its mean; nothing where matplotlib is missing, or where there is no value."""
+    plt = pyplot()
+    if plt is None or not values:
+        return
+    figure, axis = plt.subplots(figsize=(6.5, 3.8))
+    axis.hist(values, bins=40, alpha=0.7)
+    axis.axvline(sum(values) / len(values), color="0.3", lw=1.5)
+    axis.set(title=title.replace("$", r"\$"), ylabel="replies")
+    save_figure(plt, folder, figure, PICTURE, title)
 
 
 def _told(found: dict[str, Any], rewards: Sequence[Sequence[float]]) -> str:

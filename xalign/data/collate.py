@@ -48,6 +48,13 @@ class EncodedLabelled(EncodedPair):
 
 
 @dataclass(frozen=True)
+class EncodedRanked(EncodedPair):
+    """A pair for a reward model, each side cut on its own (where prompts then differ, `prompt` is empty), and its margin."""
+
+    margin: float = 0.0
+
+
+@dataclass(frozen=True)
 class EncodedExample:
     """Ids and which of them are scored; `bos` as in `EncodedPair`."""
 
@@ -286,6 +293,13 @@ class LabelledBatch(PairBatch):
 
 
 @dataclass(frozen=True)
+class RankedBatch(PairBatch):
+    """Pairs for a reward model, with their margins (b,)."""
+
+    margin: Tensor
+
+
+@dataclass(frozen=True)
 class ExampleBatch(_Batch):
     """Right-padded ids `(b, n)`, bool masks of real and of scored tokens, and `(b,)` indices of the rows."""
 
@@ -308,6 +322,11 @@ def collate_pairs(pairs: Sequence[EncodedPair], pad_id: int, index: Sequence[int
 def collate_labelled(rows: Sequence[EncodedLabelled], pad_id: int, index: Sequence[int] | None = None) -> LabelledBatch:
     """Pad labelled completions into a batch; `index` as in `collate_pairs`."""
     return LabelledBatch(**vars(collate_pairs(rows, pad_id, index)), labels=torch.tensor([row.label for row in rows]))
+
+
+def collate_ranked(rows: Sequence[EncodedRanked], pad_id: int, index: Sequence[int] | None = None) -> RankedBatch:
+    """Pad pairs for a reward model into a batch; `index` as in `collate_pairs`."""
+    return RankedBatch(**vars(collate_pairs(rows, pad_id, index)), margin=torch.tensor([row.margin for row in rows]))
 
 
 def collate_examples(

@@ -19,6 +19,7 @@ from xalign.data.collate import (
     EncodedPair,
     ExampleBatch,
     PairBatch,
+    RankedBatch,
     collate_examples,
     collate_pairs,
 )
@@ -26,13 +27,14 @@ from xalign.data.records import Text
 from xalign.dpo import DPO, unwrap
 from xalign.logprobs import scored_logprobs
 from xalign.nn.decoding import evaluating
+from xalign.nn.reward import RewardModel
 from xalign.nn.transformer import TransformerWrapper
 from xalign.objectives import pair_masks
 from xalign.tokenizers import Tokenizer
 
 RESAMPLES = 2000
 SCORED_LOGITS = 2**28  # of one forward pass, for one side of pairs: 1 GiB in fp32, so that a large vocabulary fits
-Batch = TypeVar("Batch", PairBatch, ExampleBatch)
+Batch = TypeVar("Batch", PairBatch, RankedBatch, ExampleBatch)
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,7 @@ def each_batch(model: nn.Module, lengths: Sequence[int] | np.ndarray, collate: C
     """
     order = np.argsort(np.asarray(lengths), kind="stable")
     device, vocab = next(model.parameters()).device, getattr(unwrap(model), "num_tokens", 1)
+    vocab = 1 if isinstance(model, RewardModel) else vocab  # which has no logits
     with evaluating(model), tqdm(total=len(order), desc=progress, unit="pair", disable=not progress, mininterval=1) as bar:
         at = 0
         while at < len(order):
