@@ -323,9 +323,10 @@ def test_names_of_models():
 
 @pytest.mark.parametrize(("arguments", "told"), [
     ([], "no rows"), (["--dataset", "x.jsonl"], "x.jsonl"), (["--prior-sets", "hhh=x.jsonl"], "anthropic_hhh"),
-    (["--prior-sets", "shp"], "shp")])
+    (["--prior-sets", "shp"], "--prior-sets has 'shp'"), (["--dataset", "a.jsonl", "--run-name", "../x"], "--run-name")])
 def test_mistakes_are_one_line(tmp_path, monkeypatch, capsys, arguments, told):
     monkeypatch.chdir(tmp_path)
+    write(tmp_path / "a.jsonl", bench_rows()[:1])
     with pytest.raises(SystemExit) as stop:
         main(["rewardbench", "--model", "gold", *arguments])
     error = capsys.readouterr().err

@@ -29,7 +29,7 @@ FOLDERS = {"1": "", "prior": "pref-sets", "2": "rewardbench2"}
 def run_rewardbench(config: RewardBenchConfig) -> None:
     """Score all rows (going on where a killed run stopped), write the results, print the tables."""
     options = config.bench
-    prior = column_names(options.prior_sets) or {}
+    prior = column_names(options.prior_sets, "--prior-sets", "shp=FILE") or {}
     for name in prior:
         if name not in PRIOR_SETS:
             raise ConfigError(f"--prior-sets has {name!r}, allowed are {', '.join(PRIOR_SETS)}, each =FILE")
@@ -39,6 +39,8 @@ def run_rewardbench(config: RewardBenchConfig) -> None:
     files += [(file, name) for name, file in prior.items()]
     rows = [row for file, name in files for row in itertools.islice(bench.read_rows(file, name), options.limit)]
     name = options.run_name or name_of(options.judge or config.scorer.model)
+    if name.startswith("/") or ".." in name.split("/"):
+        raise ConfigError(f"--run-name is {name}, allowed is a name such as owner/model")
     with RunFolder(options.output_dir or Path("runs") / "rewardbench" / name) as run:
         claim(run, "rewardbench", config, [file for file, _ in files], options.overwrite)
         if (run.path / SUMMARY).exists():
