@@ -83,7 +83,7 @@ def test_what_both_sides_begin_with_runs_once_to_the_same_rewards_and_gradients(
         model.zero_grad(set_to_none=True)
     assert len(found[0]) == len(found[1]) > 10
     for a, b in zip(*found, strict=True):
-        assert (a - b).norm() < 1e-4 * b.norm() + 1e-6
+        assert (a - b).norm() < 1e-4 * b.norm() + 1e-5
 
 
 def test_the_head_is_openrlhfs_and_fp32():

@@ -111,6 +111,8 @@ def first_reward(config: RewardConfig, run: RunFolder, data: Split[PreferencePai
     if given.model:
         settle_template(given.model, tokenizer, peek(data))
     put_adapters(config, model.net)
+    # as the weights beside it, which are saved and sharded with it, or as adapters are
+    model.head.to(torch.float32 if has_lora(model) else model.net.token_emb.weight.dtype)
     return model, tokenizer
 
 

@@ -107,8 +107,10 @@ def judge(objective: Reward, pairs: Sequence[PreferencePair], rows: Sequence[Enc
           gold_known: bool) -> Judged:
     """Measure a reward model on held-out pairs, `rows` encoded; pairs of one prompt are resampled together.
 
-    Where the gold reward is known, its own accuracy (the limit that the label noise sets: what knowing it would reach on
-    average) and the rank correlation with it are added. `pairs` that truncation dropped are in no number.
+    Where the gold reward is known, added are: the accuracy that is expected over the labels' noise, by the known probability
+    of each label; the same of the gold reward, which is the limit (Bayes) of what can be reached but by luck, and their
+    ratio; the gold reward's accuracy on the labels as they fell; and the rank correlation with it. `pairs` that truncation
+    dropped are in no number.
     """
     chosen, rejected = pair_rewards(objective, rows, pad_id, "evaluate")
     by_where = {pair.where: pair for pair in pairs}
@@ -123,7 +125,7 @@ def judge(objective: Reward, pairs: Sequence[PreferencePair], rows: Sequence[Enc
         table[name] = str(found)
         return found
 
-    accuracy = add("accuracy", "accuracy", accuracies(chosen, rejected))
+    add("accuracy", "accuracy", accuracies(chosen, rejected))
     add("margin, chosen - rejected", "margin", (chosen - rejected).tolist())
     both = torch.cat((chosen, rejected)).double()
     bins = calibration(chosen - rejected)
@@ -139,11 +141,14 @@ def judge(objective: Reward, pairs: Sequence[PreferencePair], rows: Sequence[Enc
         texts = [{name: str(getattr(p, name)) for name in ("prompt", "chosen", "rejected")} for p in kept]
         gold = [toyworld.gold_reward(t["prompt"], t[side]) for side in ("chosen", "rejected") for t in texts]
         limit = toyworld.preference_limit(texts)
-        numbers |= {"accuracy_limit": limit, "accuracy_share": accuracy.value / limit,
+        right = [toyworld.preference_probability(t["prompt"], t["chosen"], t["rejected"]) for t in texts]
+        expected = add("accuracy expected over labels drawn anew", "accuracy_expected",
+                       [a * p + (1 - a) * (1 - p) for a, p in zip(accuracies(chosen, rejected), right, strict=True)])
+        numbers |= {"accuracy_limit": limit, "accuracy_share": expected.value / limit,
                     "accuracy_gold": float(np.mean(accuracies(*torch.tensor(gold).chunk(2)))),
                     "spearman_gold": spearman(both.tolist(), gold)}
         table |= {"limit of the accuracy by label noise (Bayes)": f"{limit:.3f}",
-                  "accuracy / limit": f"{numbers['accuracy_share']:.3f}",
+                  "expected accuracy / limit": f"{numbers['accuracy_share']:.3f}",
                   "accuracy of the gold reward on these labels": f"{numbers['accuracy_gold']:.3f}",
                   "rank correlation with the gold reward": f"{numbers['spearman_gold']:.3f}"}
     return Judged(numbers, table, chosen, rejected, bins)
@@ -214,8 +219,9 @@ def _draw(folder: Path, result: Judged) -> list[tuple[str, str]]:
     figure, axes = plt.subplots(1, 2, figsize=(11, 3.8))
     sides = {"chosen": result.chosen, "rejected": result.rejected}
     low, high = (float(f(torch.cat(list(sides.values())))) for f in (torch.min, torch.max))
+    style = {"bins": 24, "range": (low, high + 1e-9), "alpha": 0.55, "density": True}
     for (name, values), colour in zip(sides.items(), ("tab:orange", "tab:blue"), strict=True):
-        axes[0].hist(values.tolist(), 24, (low, high + 1e-9), alpha=0.55, label=name, color=colour, density=True)
+        axes[0].hist(values.tolist(), label=name, color=colour, **style)
         axes[0].axvline(float(values.mean()), color=colour, lw=1.5)
     axes[0].set(title="reward", ylabel="density")
     axes[0].legend()
