@@ -9,6 +9,7 @@ EXTRAS = {
     "yaml": ["pyyaml>=6"],
     "hf": ["tokenizers>=0.20", "huggingface_hub>=0.26"],
     "parquet": ["pyarrow>=15"],
+    "serve": ["starlette>=0.40", "uvicorn>=0.30"],
     "4bit": ["bitsandbytes>=0.46"],
     # peers that the tests compare with, and the tools that check the code
     "dev": [
@@ -16,7 +17,7 @@ EXTRAS = {
         "peft>=0.15", "transformers>=4.57", "trl>=0.20", "x-transformers>=2.3",
     ],
 }
-EXTRAS["dev"] += EXTRAS["hf"] + EXTRAS["parquet"]
+EXTRAS["dev"] += EXTRAS["hf"] + EXTRAS["parquet"] + EXTRAS["serve"]
 
 setup(
     name="xalign",

@@ -1,6 +1,7 @@
 """Settings and small models that all tests share."""
 
 import os
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -11,7 +12,9 @@ from hypothesis import HealthCheck, settings
 from torch import Tensor
 
 from xalign import AutoregressiveWrapper, Decoder, TransformerWrapper
+from xalign.data.chat_template import DEFAULT_TEMPLATE, ROLE_MARKERS
 from xalign.hf import from_hf
+from xalign.tokenizers import train_sentencepiece
 
 torch.set_num_threads(1)  # the models are so small that a second thread only waits: 90 s become 10
 settings.register_profile("xalign", deadline=None, max_examples=60, derandomize=True, database=None,
@@ -74,6 +77,15 @@ def imported(theirs) -> TransformerWrapper:
     found = {layout.canonical(name): tensor for name, tensor in theirs.state_dict().items()}
     ours.load_state_dict({k: v for e in layout.entries for k, v in zip(e.ours, e.split(found[e.file]), strict=True)})
     return ours.eval()
+
+
+@pytest.fixture(scope="session")
+def chat_tokenizer():
+    """A small SentencePiece tokenizer of the toy world with role markers and our chat template."""
+    lines = (Path(__file__).parent.parent / "data/corpus.txt").read_text(encoding="utf-8").split("\n")[:300]
+    made = train_sentencepiece(lines, 400, user_defined_symbols=ROLE_MARKERS)
+    made.chat_template = DEFAULT_TEMPLATE
+    return made
 
 
 @pytest.fixture(autouse=True)

@@ -435,7 +435,7 @@ def test_wrappers():
         wrapped = apply_lora(wrap(copy.deepcopy(net)), 2, targets=("to_q",))
         assert isinstance(wrapped, wrap) and has_lora(wrapped)
         left = {name for name in trained(wrapped) if "lora" not in name}
-        assert left == ({"score.weight"} if wrap is RewardModel else set())
+        assert left == ({"head.weight"} if wrap is RewardModel else set())
         assert set(lora_state_dict(wrapped)) == {f"attn_layers.layers.{i}.attn.to_q.{x}" for i in range(2)
                                                  for x in ("lora_a", "lora_b", "scale")}
         with adapters_off(wrapped):

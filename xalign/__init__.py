@@ -12,7 +12,7 @@ _HOME = {
     "TransformerWrapper": "nn.transformer",
     "Decoder": "nn.transformer",
     "AutoregressiveWrapper": "nn.autoregressive",
-    "RewardModel": "nn.reward",
+    "RewardModel": "checkpoint",
     "DPO": "dpo",
     "load_pretrained": "checkpoint",
     "save_pretrained": "checkpoint",

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -21,6 +21,7 @@ from xalign.dpo import DPO, unwrap
 from xalign.errors import CheckpointError, ConfigError
 from xalign.families import Layout
 from xalign.nn.lora import has_lora, load_lora, lora_state_dict
+from xalign.nn.reward import RewardModel
 from xalign.nn.transformer import TransformerWrapper
 from xalign.tokenizer_base import read_json
 from xalign.tokenizer_json import FILES as TOKENIZER_FILES
@@ -133,22 +134,29 @@ def save_pretrained(model: nn.Module, path: str | os.PathLike, tokenizer: Tokeni
                     state: dict[str, Any] | None = None, max_shard_size: int | float | str = 5 * 10**9) -> None:
     """Write a checkpoint folder, whole or not at all; wrappers are unwrapped, `state` goes to training/state.pt.
 
+    A `RewardModel` becomes a folder for transformers' `AutoModelForSequenceClassification`, with `score.weight`, `mean` and
+    `std`; without `tokenizer` with its own, whose pad becomes another token where it is one that ends a text.
+
     Weights of more than `max_shard_size` bytes (or "5GB", "500MiB") become shards with an index. generation_config.json is
     the one that the model was loaded with; the ids in it, and in config.json, are the tokenizer's where there is one.
     Raises `CheckpointError` for a folder that holds something else than a checkpoint or can't be written (a full disk, say),
     `ConfigError` for another `max_shard_size`.
     """
     network, room = _whole(_network(model)), shard_bytes(max_shard_size)
+    rewards = model if isinstance(model, RewardModel) else None
+    if rewards is not None and (tokenizer := tokenizer or rewards.tokenizer) is not None:
+        tokenizer = tokenizer.padded_apart() or tokenizer
     with atomic_folder(path) as folder:
-        config, layout = hf.to_hf(network, tokenizer)
+        config, layout = hf.to_hf(network, tokenizer) if rewards is None else hf.reward_to_hf(rewards, tokenizer)
         write_atomically(folder / CONFIG, json.dumps(config, indent=2) + "\n")
         try:
-            written = save_weights(network, folder, layout, room)
+            written = save_weights(rewards or network, folder, layout, room)
         except SafetensorError as error:  # its way to say that the disk is full
             raise CheckpointError(f"{path} can't be written ({error})") from error
         for file in written:
             file.chmod((folder / CONFIG).stat().st_mode)  # safetensors lets only the owner read
-        write_atomically(folder / GENERATION, json.dumps(hf.generation(network, tokenizer), indent=2) + "\n")
+        if rewards is None:
+            write_atomically(folder / GENERATION, json.dumps(hf.generation(network, tokenizer), indent=2) + "\n")
         if tokenizer is not None:
             tokenizer.save(folder)
         if state is not None:
@@ -165,11 +173,12 @@ def save_trained(model: nn.Module, path: str | os.PathLike, tokenizer: Tokenizer
     """Write a checkpoint to go on from: `save_pretrained`'s, or of a model with adapters these and `state` alone."""
     if not has_lora(model):
         return save_pretrained(model, path, tokenizer, state)
+    head = {"head": model.head.weight.detach()} if isinstance(model, RewardModel) else {}
     with atomic_folder(path) as folder:
-        _save_state(folder, state | {"adapters": lora_state_dict(model), "frozen": frozen_bits(model)})
+        _save_state(folder, state | head | {"adapters": lora_state_dict(model), "frozen": frozen_bits(model)})
 
 
-def load_trained(path: str | os.PathLike) -> tuple[TransformerWrapper | Path, dict[str, Any]]:
+def load_trained(path: str | os.PathLike) -> tuple[nn.Module | Path, dict[str, Any]]:
     """Model and state of a checkpoint of `save_trained`; of adapters, which are in the state, and of one in shards, which
     `sharding` reads, the folder in the model's place.
 
@@ -179,7 +188,7 @@ def load_trained(path: str | os.PathLike) -> tuple[TransformerWrapper | Path, di
     if "files" in state:
         return Path(path), state
     if "adapters" not in state:
-        return load_pretrained(path)[0], state
+        return (load_reward(path) if holds_reward(path) else load_pretrained(path)[0]), state
     if not all(bool(t.isfinite().all()) for t in state["adapters"].values()):
         raise CheckpointError(f"{path}: the adapters hold values that are not finite")
     return Path(path), state
@@ -196,6 +205,9 @@ def put_trained(model: nn.Module, found: nn.Module | Path, state: dict[str, Any]
     if state.pop("frozen") != frozen_bits(model):
         raise CheckpointError(f"{found} holds adapters of other weights than the model's, allowed are the same as before")
     load_lora(model, state.pop("adapters"))
+    if isinstance(model, RewardModel):
+        with torch.no_grad():
+            model.head.weight.copy_(state.pop("head"))
 
 
 def frozen_bits(model: nn.Module) -> int:
@@ -244,31 +256,88 @@ def _check_device(device: str | torch.device | None) -> None:
         raise ConfigError(f"device is {device!r}, not usable here ({str(error).splitlines()[0]})") from error
 
 
-def outline(path: str | os.PathLike, *, allow_pickle: bool = False,
-            revision: str | None = None) -> tuple[TransformerWrapper, Layout, Path]:
-    """A checkpoint's model on the meta device, without weights, with their layout and the folder; see `load_pretrained`."""
+def load_reward(path: str | os.PathLike, dtype: str | torch.dtype | None = None, device: str | torch.device | None = None,
+                value_head_prefix: str | None = None, *, allow_pickle: bool = False,
+                revision: str | None = None) -> RewardModel:
+    """A reward model from a folder or a hub's `owner/name`, in eval mode, as `RewardModel.from_pretrained`; its tokenizer is
+    `.tokenizer` (None where there is none), and `mean`, `std` and `normalize_reward` are those of config.json.
+
+    The folder is ours, one of transformers' `AutoModelForSequenceClassification` with one label, or OpenRLHF's: a decoder, and
+    a head 1 wide that is `value_head_prefix`.weight (None: config.json's field of this name, or score). Other arguments and
+    errors are `load_pretrained`'s; a folder without a trained head, and a head of another width, are `CheckpointError`s.
+    """
+    wanted = hf.torch_dtype(dtype)
+    _check_device(device)
+    folder, config = _folder(path, allow_pickle, revision)
+    model, layout = _outline(folder, config, value_head_prefix)
+    assert isinstance(model, RewardModel)
+    model.tokenizer = load_tokenizer(folder)
+    load_weights(model, folder, layout, wanted, device, allow_pickle)
+    if not bool(model.head.weight.any()):
+        raise CheckpointError(f"{path}: the reward head {layout.head} is all 0, allowed is a trained one")
+    return model.eval()
+
+
+def holds_reward(path: str | os.PathLike, revision: str | None = None) -> bool:
+    """Whether a folder, or a hub's `owner/name`, holds a reward model, by its config.json."""
+    return hf.is_reward(_folder(path, True, revision)[1])
+
+
+RewardModel.from_pretrained = staticmethod(load_reward)
+RewardModel.save_pretrained = save_pretrained
+
+
+def outline(path: str | os.PathLike, *, allow_pickle: bool = False, revision: str | None = None,
+            rewards: bool = False) -> tuple[TransformerWrapper, Layout, Path]:
+    """A checkpoint's model on the meta device, without weights, with their layout and the folder; see `load_pretrained`.
+
+    With `rewards` it may be a reward model's, of which the decoder is what is given.
+    """
+    folder, config = _folder(path, allow_pickle, revision)
+    if hf.is_reward(config) and not rewards:
+        raise CheckpointError(f"{path} is a reward model's folder, allowed is a language model's: "
+                              "RewardModel.from_pretrained opens it")
+    model, layout = _outline(folder, config, None if hf.is_reward(config) else False)
+    return _network(model), layout, folder
+
+
+def _folder(path: str | os.PathLike, allow_pickle: bool, revision: str | None) -> tuple[Path, dict[str, Any]]:
+    """A model's folder, fetched where it is on the hub, and its config.json."""
     folder = Path(path)
     if hub.is_hub_name(str(path)):
         folder = hub.model_folder(str(path), revision, allow_pickle=allow_pickle)
     elif revision is not None:
         raise CheckpointError(f"{path} is a folder, and revision is {revision!r}: allowed is a hub's name, or no revision")
-    if not (folder / SINGLE).exists() and (folder / "policy" / CONFIG).is_file():
-        raise CheckpointError(f"{path} is a run's folder, allowed is a model's: {folder / 'policy'}")
+    for part in ("policy", "reward"):
+        if not (folder / SINGLE).exists() and (folder / part / CONFIG).is_file():
+            raise CheckpointError(f"{path} is a run's folder, allowed is a model's: {folder / part}")
     if not (folder / CONFIG).is_file():
         if (folder / STATE).is_file():
             raise CheckpointError(f"{path} holds a training's shards, allowed is a model's folder, such as the run's policy")
         raise CheckpointError(f"{path}: no {CONFIG} there, allowed is a folder in Hugging Face layout")
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        with _NoDraws(), torch.device("meta"):  # no memory: the file's tensors take these places
-            model, layout = hf.from_hf(config, str(folder / CONFIG))
-    except CheckpointError:
-        raise
     except json.JSONDecodeError as error:
         raise CheckpointError(f"{folder / CONFIG}:{error.lineno}: no JSON ({error.msg})") from error
-    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RuntimeError) as error:
+    except ValueError as error:
         raise CheckpointError(f"{folder / CONFIG}: missing or wrong field ({error})") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{folder / CONFIG}: missing or wrong field (it holds a {type(config).__name__}, no object)")
+    return folder, config
+
+
+def _outline(folder: Path, config: dict[str, Any], head: str | Literal[False] | None = False) -> tuple[nn.Module, Layout]:
+    """A folder's model on the meta device, and its layout; a reward model unless `head`, its name or None, is False."""
+    where = str(folder / CONFIG)
+    try:
+        with _NoDraws(), torch.device("meta"):  # no memory: the file's tensors take these places
+            model, layout = hf.from_hf(config, where) if head is False else hf.reward_from_hf(config, where, head)
+    except CheckpointError:
+        raise
+    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RuntimeError) as error:
+        raise CheckpointError(f"{where}: missing or wrong field ({error})") from error
     for name in TOKENIZER_FILES:
         refuse_pointer(folder / name)
-    model.generation = {k: config[k] for k in hf.IDS if config.get(k) is not None} | read_json(folder / GENERATION)
-    return model, layout, folder
+    generation = {k: config[k] for k in hf.IDS if config.get(k) is not None} | read_json(folder / GENERATION)
+    _network(model).generation = generation
+    return model, layout

@@ -23,6 +23,17 @@ def _dpo(arguments: Sequence[str], program: str) -> None:
         run_dpo(config)
 
 
+def _reward(arguments: Sequence[str], program: str) -> None:
+    from xalign.config import RewardConfig
+    from xalign.flags import parse
+
+    config = parse(RewardConfig, arguments, program)
+    with _kept():
+        from xalign.train_reward import run_reward
+
+        run_reward(config)
+
+
 def _sft(arguments: Sequence[str], program: str) -> None:
     from xalign.config import SFTConfig
     from xalign.flags import parse
@@ -36,7 +47,7 @@ def _sft(arguments: Sequence[str], program: str) -> None:
 
 @contextlib.contextmanager
 def _kept() -> Iterator[None]:
-    """Say of a training that is interrupted (before its loop, which saves its state) that it is not lost."""
+    """Say of a run that is interrupted (a training: before its loop, which saves its state) that it is not lost."""
     try:
         yield
     except KeyboardInterrupt:
@@ -61,6 +72,28 @@ def _inspect(arguments: Sequence[str], program: str) -> None:
     from xalign.inspection import run_inspect
 
     run_inspect(config)
+
+
+def _score(arguments: Sequence[str], program: str) -> None:
+    from xalign.flags import parse
+    from xalign.score_config import ScoreConfig
+
+    config = parse(ScoreConfig, arguments, program, SHORT)
+    with _kept() if config.score.output_dir else contextlib.nullcontext():
+        from xalign.score import run_score
+
+        run_score(config)
+
+
+def _rewardbench(arguments: Sequence[str], program: str) -> None:
+    from xalign.flags import parse
+    from xalign.score_config import RewardBenchConfig
+
+    config = parse(RewardBenchConfig, arguments, program)
+    with _kept():
+        from xalign.rewardbench import run_rewardbench
+
+        run_rewardbench(config)
 
 
 def _file_as_flag(arguments: Sequence[str]) -> list[str]:
@@ -96,7 +129,10 @@ def _file_as_flag(arguments: Sequence[str]) -> list[str]:
 COMMANDS: dict[str, tuple[Callable[[Sequence[str], str], None], str]] = {
     "sft": (_sft, "train a model to imitate text or conversations"),
     "dpo": (_dpo, "align a model with preference pairs (train_dpo.py)"),
+    "reward": (_reward, "train a reward model on preference pairs"),
     "generate": (_generate, "continue prompts with a trained model (generate.py)"),
+    "score": (_score, "score replies with a reward model, a DPO policy or a server; --serve does it over HTTP"),
+    "rewardbench": (_rewardbench, "measure a reward model, a DPO policy or a judge on RewardBench"),
     "data inspect": (_inspect, "show what a file of records holds and what training would make of it"),
 }
 

@@ -262,6 +262,66 @@ class DPOConfig:
 
 
 @dataclass(frozen=True)
+class RewardDataOptions:
+    """Preference pairs, and the text for the model from scratch."""
+
+    dataset: tuple[str, ...] = ()
+    """Preference pairs: files (.jsonl, .json, each also .gz, .parquet), or names on the Hugging Face hub (owner/name:split);
+    none: the embedded toy world."""
+    dataset_weights: tuple[float, ...] = ()
+    """How often an epoch visits each file; none: once each."""
+    eval_dataset: str | None = None
+    """Held-out pairs, the first 5,000 at most; none: the toy world's, or a seeded tenth of the datasets' prompts."""
+    sft_dataset: str | None = None
+    """Text that a model from scratch imitates first; none: the toy world's corpus, or the chosen side of the pairs."""
+    columns: tuple[str, ...] = ()
+    """Names of the files' columns where they differ from ours: chosen=better rejected=worse. A file that has none of
+    them, where another has, is read under ours."""
+    max_length: int = 512
+    """Tokens of a prompt with a completion (records of over 1,000,000 characters are dropped before)."""
+    truncation_mode: Literal["keep_end", "keep_start"] = "keep_end"
+    """Which part of a text that is too long stays: keep_end cuts its beginning behind the BOS, keep_start the completion's
+    end, but not the EOS (or end of turn) that closes it."""
+    identical: Literal["drop", "keep"] = "drop"
+    """Pairs whose two sides are the same text (counted in any case)."""
+    empty: Literal["error", "drop"] = "error"
+    """Records with an empty reply; HH-RLHF's are always dropped (and counted)."""
+
+
+@dataclass(frozen=True)
+class RewardOptions:
+    """What the reward model minimises, and what is kept with it."""
+
+    loss_type: Literal["sigmoid", "logexp"] = "sigmoid"
+    """Bradley and Terry's loss, -log sigmoid(r_chosen - r_rejected - margin); logexp, ln(1 + e^(r_rejected - r_chosen)), is
+    the same without a margin."""
+    margin: bool = False
+    """Ask for the records' margins (column margin, or score_chosen - score_rejected), which all must have."""
+    center_rewards_coefficient: float = 0.0
+    """What (r_chosen + r_rejected)^2 counts, >= 0: it draws rewards to mean 0; trl's documentation tries .01."""
+    share_prefix: bool = True
+    """Run what both sides of a pair begin with once; changes nothing but time and memory."""
+    normalize_reward: bool = False
+    """Say in the saved model that its scores are (reward - mean) / std of the held-out rewards, which it holds in any case."""
+    value_head_prefix: str | None = None
+    """Name of the head's tensor in a --model that is a reward model already; none: as its config.json says, or score."""
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    """Train a reward model on preference pairs: (tokenizer and SFT where no --model is given,) Bradley-Terry, report."""
+
+    model: ModelOptions = field(default_factory=ModelOptions)
+    sft: SFTOptions = field(default_factory=SFTOptions)
+    data: RewardDataOptions = field(default_factory=RewardDataOptions)
+    reward: RewardOptions = field(default_factory=RewardOptions)
+    lora: LoRAOptions = field(default_factory=LoRAOptions)
+    quant: QuantOptions = field(default_factory=lambda: QuantOptions(quant_head=False))
+    training: TrainingOptions = field(default_factory=lambda: TrainingOptions(learning_rate=1e-5))
+    run: RunOptions = field(default_factory=RunOptions)
+
+
+@dataclass(frozen=True)
 class SFTDataOptions:
     """Text, prompt+completion, conversations, or the chosen side of preference pairs."""
 

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -37,6 +37,8 @@ class Layout:
     prefix: str = ""  # of the base model; its own folders lack it
     aliases: dict[str, str] = field(default_factory=dict)
     ignored: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()  # may be there, and says nothing about the model
+    head: str = ""  # of a reward model
 
     def __post_init__(self) -> None:
         self.files = {entry.file for entry in self.entries}
@@ -45,12 +47,12 @@ class Layout:
         """The name that `entries` have for a tensor found in a folder; None for one without parameters of ours.
 
         Those are attention masks and rotary frequencies (buffers of old versions) and the head of a tied model.
-        A tensor that nobody knows keeps its name.
+        So is, in a reward model's folder, the head that predicts tokens. A tensor that nobody knows keeps its name.
         """
         name = self.aliases.get(name, name)
         if name in self.files or self.prefix + name in self.files:
             return name if name in self.files else self.prefix + name
-        return None if name in self.ignored or _BUFFER.search(name) else name
+        return None if name in self.ignored or name in self.unused or _BUFFER.search(name) else name
 
 
 _BUFFER = re.compile(r"(rotary_emb\.inv_freq|\d\.(attn|attention)\.(bias|masked_bias))$")
@@ -132,3 +134,11 @@ def layout(family: str, model: TransformerWrapper) -> Layout:
     assert {name for entry in entries for name in entry.ours} == set(state), f"{family} has no place for some parameter"
     head = next(theirs for theirs, ours in names.top.items() if ours == "to_logits") + ".weight"
     return Layout(entries, names.prefix, {"lm_head.weight": head}, () if model.to_logits is not None else (head,))
+
+
+def reward_layout(base: Layout, prefix: str) -> Layout:
+    """The tensors of a reward model's folder, by those of its decoder's: a head `prefix`.weight, and none for logits."""
+    logits = [entry.file for entry in base.entries if entry.ours == ("to_logits.weight",)]
+    kept = [replace(e, ours=tuple(f"net.{name}" for name in e.ours)) for e in base.entries if e.file not in logits]
+    head = f"{prefix}.weight"
+    return Layout([*kept, Entry(head, ("head.weight",))], base.prefix, base.aliases, unused=(*logits, *base.ignored), head=head)

@@ -18,7 +18,7 @@ from xalign.config import flatten
 from xalign.errors import ConfigError, nearest
 
 C = TypeVar("C")
-FREE = ("--prompt", "--system")  # flags whose value is any text
+FREE = ("--prompt", "--system", "--response")  # flags whose value is any text
 COUNT = 2**31 - 1  # no count is larger: larger ones overflow in torch or in a file's 32 bits
 # the least and the largest value of a setting; those of the loss and of the draws are told by their own modules
 LIMITS: dict[str, tuple[float, float]] = {
@@ -29,12 +29,13 @@ LIMITS: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("learning_rate", "sft_learning_rate"), (1e-12, 1e12)),
     **dict.fromkeys(("num_train_epochs", "sft_epochs"), (1e-12, COUNT)),
     **dict.fromkeys(("warmup_steps", "sft_warmup_steps", "logging_steps", "eval_steps", "save_steps"), (0, COUNT)),
-    "max_new_tokens": (0, 10**6),
+    **dict.fromkeys(("max_new_tokens", "judge_max_new_tokens"), (0, 10**6)),
     **dict.fromkeys(("weight_decay", "max_grad_norm"), (0, 1e12)),
     **dict.fromkeys(("adam_beta1", "adam_beta2"), (0, math.nextafter(1, 0))), "adam_epsilon": (1e-20, 1),
-    "dataset_weights": (0, 1000), "seed": (0, 2**63 - 1),
+    "center_rewards_coefficient": (0, 1e6), "dataset_weights": (0, 1000), "seed": (0, 2**63 - 1),
     "max_length": (2, COUNT), "max_seq_len": (2, COUNT), "max_steps": (-1, COUNT),
     **dict.fromkeys(("dropout", "lora_dropout"), (0, 0.999)), "lora_r": (1, 2**16), "lora_alpha": (1e-6, 1e6),
+    "port": (0, 65535), "queue_size": (1, COUNT), "max_bytes": (1, COUNT), "body_seconds": (1e-3, 1e6),
 }
 
 

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 
 from xalign.errors import CheckpointError, ConfigError
-from xalign.families import Layout, layout
+from xalign.families import Layout, layout, reward_layout
+from xalign.nn.reward import RewardModel
 from xalign.nn.rotary import ROPE_TYPES
 from xalign.nn.transformer import Decoder, TransformerWrapper
 
@@ -358,6 +359,44 @@ def from_hf(config: Fields, where: str) -> tuple[TransformerWrapper, Layout]:
     except ConfigError as error:
         raise CheckpointError(f"{where}: {error}") from error
     return model, layout(name, model)
+
+
+def is_reward(config: Fields) -> bool:
+    """Whether a config.json says that its folder holds a classifier, such as a reward model."""
+    named = config.get("architectures")
+    return isinstance(named, list) and any(str(name).endswith("ForSequenceClassification") for name in named)
+
+
+def reward_to_hf(model: RewardModel, tokenizer: Any = None) -> tuple[Fields, Layout]:
+    """The same as `to_hf` for a reward model: transformers' `AutoModelForSequenceClassification` with one label.
+
+    It reads the last token that isn't `pad_token_id`, so that must be none that a text ends with: `Tokenizer.padded_apart`.
+    """
+    config, base = to_hf(model.net, tokenizer)
+    name = config["architectures"][0].removesuffix("ForCausalLM").removesuffix("LMHeadModel")
+    config |= {"architectures": [f"{name}ForSequenceClassification"], "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0},
+               "value_head_prefix": "score", "mean": model.mean, "std": model.std, "normalize_reward": model.normalize_reward}
+    if tokenizer is not None:  # without such a token they refuse batches, which is better than another token's reward
+        config["pad_token_id"] = None if tokenizer.padded_apart() is None else tokenizer.pad_id
+    return config, reward_layout(base, "score")
+
+
+def reward_from_hf(config: Fields, where: str, prefix: str | None = None) -> tuple[RewardModel, Layout]:
+    """An untrained reward model of a config.json, and the layout of its folder, whose head is `prefix` (None: as it says).
+
+    `mean`, `std` and `value_head_prefix` are OpenRLHF's fields. Raises as `from_hf` does.
+    """
+    net, base = from_hf(config, where)
+    net.to_logits, net.config["tie_embedding"] = None, True
+    model, read = RewardModel(net), Config(config, where, "")
+    model.mean, model.std = float(read.number("mean", 0.0)), float(read.number("std", 1.0))
+    model.normalize_reward = read.flag("normalize_reward")
+    if not math.isfinite(model.mean) or not 0 < model.std < math.inf:
+        raise CheckpointError(f"{where}: mean is {model.mean} and std {model.std}, allowed is a finite mean and std > 0")
+    prefix = prefix or config.get("value_head_prefix") or "score"
+    if not isinstance(prefix, str):
+        raise read.wrong("value_head_prefix", prefix, "the name of a tensor without its .weight")
+    return model, reward_layout(base, prefix)
 
 
 def torch_dtype(name: str | torch.dtype | None) -> torch.dtype | None:

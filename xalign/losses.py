@@ -292,6 +292,15 @@ def bradley_terry(chosen: Tensor, rejected: Tensor, *, margin: Tensor | float | 
     return -F.logsigmoid(chosen - rejected - (0 if margin is None else margin)) + center * (chosen + rejected) ** 2
 
 
+def logexp(chosen: Tensor, rejected: Tensor, *, center: float = 0.0) -> Tensor:
+    """ln(1 + e^(r_l - r_w)) + center (r_w + r_l)^2, nats a pair, (b,): OpenRLHF's LogExpLoss.
+
+    The same function as `bradley_terry` without a margin (Askell et al. 2021, arXiv 2112.00861, write it so).
+    """
+    _check(center=center)
+    return F.softplus(rejected - chosen) + center * (chosen + rejected) ** 2
+
+
 def divergence(log_ratio: Tensor, kind: str = "reverse_kl", alpha: float = 0.5) -> Tensor:
     """What stands for a log-ratio a or b when the reference is held by another f-divergence: f'(exp(log_ratio)), (b,).
 

@@ -3,12 +3,15 @@
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from xalign.data.collate import ExampleBatch, LabelledBatch, PairBatch
+from xalign import losses
+from xalign.data.collate import ExampleBatch, LabelledBatch, PairBatch, RankedBatch
 from xalign.dpo import DPO
 from xalign.logprobs import scored_logprobs
 from xalign.nn.decoding import evaluating
+from xalign.nn.reward import RewardModel
 
 
 class Objective(Protocol):
@@ -55,13 +58,10 @@ class SFT:
         return -logps.masked_fill(~scored, 0.0).sum() / scored.sum().clamp(min=1), {}
 
 
-class Preference:
-    """The loss of a `DPO` module, nats a pair; `ref_logps` are the reference's (chosen, rejected), by pair index."""
+class _OfPairs:
+    """What objectives of pairs count."""
 
     told = staticmethod(as_they_are)
-
-    def __init__(self, dpo: DPO, ref_logps: tuple[Tensor, Tensor] | None = None):
-        self.dpo, self.ref_logps = dpo, ref_logps
 
     def weight(self, batch: PairBatch) -> int:
         return len(batch)
@@ -72,6 +72,13 @@ class Preference:
     def lengths(self, batch: PairBatch) -> list[list[int]]:
         prompt, chosen, rejected = (m.sum(1) for m in (batch.chosen_prompt_mask, batch.chosen_mask, batch.rejected_mask))
         return torch.stack((prompt, chosen - prompt, rejected - prompt), 1).tolist()
+
+
+class Preference(_OfPairs):
+    """The loss of a `DPO` module, nats a pair; `ref_logps` are the reference's (chosen, rejected), by pair index."""
+
+    def __init__(self, dpo: DPO, ref_logps: tuple[Tensor, Tensor] | None = None):
+        self.dpo, self.ref_logps = dpo, ref_logps
 
     def __call__(self, batch: PairBatch, tokens: float | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         return self.dpo(batch.chosen, batch.rejected, **pair_masks(batch), ref_logps=known_logps(self.ref_logps, batch),
@@ -141,6 +148,38 @@ class KTO:
     def _logps(self, model: nn.Module, tokens: Tensor, loss_mask: Tensor) -> Tensor:
         logps, scored = scored_logprobs(model, tokens, loss_mask, packed=self.dpo.packed)
         return logps.masked_fill(~scored, 0.0).sum(1)
+
+
+class Reward(_OfPairs):
+    """Bradley and Terry's loss of a reward model, nats a pair; the loss "logexp" knows no margin.
+
+    With `share_prefix` what both sides of a pair begin with runs once, which changes no value beyond rounding.
+    """
+
+    def __init__(self, model: RewardModel, loss: str = "sigmoid", center: float = 0.0, share_prefix: bool = True):
+        self.model, self.loss, self.center, self.share_prefix = model, loss, center, share_prefix
+
+    def pair_losses(self, chosen: Tensor, rejected: Tensor, margin: Tensor) -> Tensor:
+        """The loss of each pair, (b,), from the rewards of both sides and the margins, (b,) each."""
+        if self.loss == "logexp":
+            return losses.logexp(chosen, rejected, center=self.center)
+        return losses.bradley_terry(chosen, rejected, margin=margin, center=self.center)
+
+    def rewards(self, batch: RankedBatch) -> tuple[Tensor, Tensor]:
+        """The rewards (b,) of chosen and rejected texts, in one pass."""
+        width = max(batch.chosen.shape[1], batch.rejected.shape[1])
+        tokens, mask = (torch.cat([F.pad(t, (0, width - t.shape[1])) for t in sides]) for sides in
+                        ((batch.chosen, batch.rejected), (batch.chosen_mask, batch.rejected_mask)))
+        return self.model.branch_rewards(tokens, mask, 2 if self.share_prefix else 1).chunk(2)  # type: ignore[return-value]
+
+    def __call__(self, batch: RankedBatch, tokens: float | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        chosen, rejected = self.rewards(batch)
+        loss = self.pair_losses(chosen, rejected, batch.margin).mean()
+        with torch.no_grad():
+            accuracies = (chosen > rejected).float() + 0.5 * (chosen == rejected).float()
+            metrics = {"rewards/chosen": chosen.mean(), "rewards/rejected": rejected.mean(),
+                       "rewards/accuracies": accuracies.mean(), "rewards/margins": (chosen - rejected).mean()}
+        return loss, metrics
 
 
 def known_logps(ref_logps: tuple[Tensor, Tensor] | None, batch: PairBatch) -> tuple[Tensor, Tensor] | None:

@@ -20,16 +20,18 @@ import numpy as np
 from tqdm import tqdm
 
 from xalign import distributed
-from xalign.config import PreferenceDataOptions, SFTDataOptions
+from xalign.config import PreferenceDataOptions, RewardDataOptions, SFTDataOptions
 from xalign.data import toyworld
 from xalign.data.collate import (
     EncodedExample,
     EncodedLabelled,
     EncodedPair,
+    EncodedRanked,
     TruncationMode,
     TruncationReport,
     encode_labelled,
     encode_pair,
+    encode_scored,
     encode_turns,
     mismatch,
     mixture,
@@ -46,7 +48,7 @@ from xalign.tokenizers import Tokenizer
 from xalign.watch import truncated, warn
 
 T = TypeVar("T", PreferencePair, Labelled, Example)
-R = TypeVar("R", EncodedPair, EncodedLabelled, EncodedExample)
+R = TypeVar("R", EncodedPair, EncodedLabelled, EncodedRanked, EncodedExample)
 Source = Callable[[], Iterator[T]]  # records, read from their files anew at each call
 EMBEDDED = Path(__file__).resolve().parent.parent / "data"
 MISMATCHED = 256  # records in a row among which a mismatched completion is looked for
@@ -108,27 +110,43 @@ def preference_data(options: PreferenceDataOptions, seed: int,
     def train() -> Iterator[Any]:
         return (record for record in read(train_file) if last < 0 or key(record) > last)
 
-    def examples() -> Iterator[Example]:
-        if options.sft_dataset:
-            return iter_examples(options.sft_dataset, every_turn=True, empty=options.empty,
-                                 columns=columns[options.sft_dataset])
-        if options.dataset and labels[train_file]:
-            return (Example(r.prompt, r.completion, r.where) for r in train() if r.label)
-        if options.dataset:
-            return (pair_to_example(pair, every_turn=True) for pair in train())
-        # prompts of the toy world are drawn at random, so learning them by heart would only take room
-        documents = iter_examples(str(EMBEDDED / "corpus.txt"))
-        return (Example(*toyworld.split_document(str(d.completion)), d.where) for d in documents)
+    split = Split(train, count, held_out)
+    return split, partial(to_imitate, options, split, columns)
 
-    return Split(train, count, held_out), examples
+
+def to_imitate(options: PreferenceDataOptions | RewardDataOptions, split: Split[Any],
+               columns: dict[Any, dict[str, str] | None]) -> Iterator[Example]:
+    """What a model from scratch imitates before it learns from preferences."""
+    if options.sft_dataset:
+        return iter_examples(options.sft_dataset, every_turn=True, empty=options.empty, columns=columns[options.sft_dataset])
+    if options.dataset:
+        return (Example(r.prompt, r.completion, r.where) if isinstance(r, Labelled) else pair_to_example(r, every_turn=True)
+                for r in split.train() if not isinstance(r, Labelled) or r.label)
+    # prompts of the toy world are drawn at random, so learning them by heart would only take room
+    documents = iter_examples(str(EMBEDDED / "corpus.txt"))
+    return (Example(*toyworld.split_document(str(d.completion)), d.where) for d in documents)
+
+
+def ranked_data(options: RewardDataOptions, seed: int) -> tuple[Split[PreferencePair], Source[Example]]:
+    """The same for pairs of several files, each by its weight."""
+    files = options.dataset or (str(EMBEDDED / "train.jsonl"),)
+    eval_file = options.eval_dataset or (None if options.dataset else str(EMBEDDED / "test.jsonl"))
+    wanted = [file for file in (*files, eval_file, options.sft_dataset) if file]
+    columns = distributed.once(lambda: columns_by_file(options.columns, wanted))
+
+    def read(file: str, report: ReadReport | None = None) -> Iterator[PreferencePair]:
+        return iter_pairs(file, identical=options.identical, empty=options.empty, columns=columns[file], report=report)
+
+    def key(pair: PreferencePair) -> int:
+        return key_hash(str(pair.prompt or (pair.chosen, pair.rejected)), seed)
+
+    split = mixed_data(files, options.dataset_weights, eval_file, read, key, seed, 10)
+    return split, partial(to_imitate, options, split, columns)
 
 
 def example_data(options: SFTDataOptions, seed: int) -> Split[Example]:
     """Examples of all files, each by its weight, and held-out ones; all files are read and checked once."""
     files = options.dataset or (str(EMBEDDED / "corpus.txt"),)
-    weights = options.dataset_weights or (1.0,) * len(files)
-    if len(weights) != len(files):
-        raise ConfigError(f"--dataset-weights has {len(weights)} numbers for {len(files)} files, allowed is one each")
     wanted = [*files, *([options.eval_dataset] if options.eval_dataset else [])]
     columns = distributed.once(lambda: columns_by_file(options.columns, wanted))
 
@@ -138,21 +156,31 @@ def example_data(options: SFTDataOptions, seed: int) -> Split[Example]:
     def key(example: Example) -> int:
         return key_hash(f"{example.prompt}{example.completion}", seed)
 
-    def mixed(sizes: Sequence[int]) -> Iterator[Example]:
+    return mixed_data(files, options.dataset_weights, options.eval_dataset, read, key, seed, 20)
+
+
+def mixed_data(files: Sequence[str], weights: Sequence[float], eval_file: str | None, read: Callable[..., Iterator[T]],
+               key: Callable[[T], int], seed: int, one_in: int) -> Split[T]:
+    """Records of all files, each by its weight (none: 1), and held-out ones: `eval_file`'s, or those of a key in `one_in`."""
+    weights = weights or (1.0,) * len(files)
+    if len(weights) != len(files):
+        raise ConfigError(f"--dataset-weights has {len(weights)} numbers for {len(files)} files, allowed is one each")
+
+    def mixed(sizes: Sequence[int]) -> Iterator[T]:
         return in_order([partial(read, file) for file in files], mixture(sizes, weights, seed, 0))
 
-    def scan() -> tuple[int, list[int], int, list[Example]]:
+    def scan() -> tuple[int, list[int], int, list[T]]:
         keys = []
         for file in files:
             report = ReadReport()
             keys.append(array.array("Q", map(key, shown(read(file, report), "read"))))
             say(f"{file}: {report}")
         sizes = list(map(len, keys))
-        if options.eval_dataset:
+        if eval_file:
             return sum(1 for _ in mixture(sizes, weights, seed, 0)), sizes, -1, list(
-                itertools.islice(read(options.eval_dataset), HELD_OUT))
+                itertools.islice(read(eval_file), HELD_OUT))
         taken = array.array("Q", (keys[file][row] for file, row in mixture(sizes, weights, seed, 0)))
-        last = hold_out(taken, 20)
+        last = hold_out(taken, one_in)
         held_out = list(itertools.islice((e for e in mixed(sizes) if key(e) <= last), HELD_OUT))
         return sum(k > last for k in taken), sizes, last, held_out
 
@@ -208,6 +236,33 @@ def encode_pairs(pairs: Iterable[PreferencePair], tokenizer: Tokenizer, max_leng
         if cut is not None:
             left = True
             yield cut
+    if not left:
+        raise DataError(f"no pair is left after truncation to {max_length} tokens ({report})")
+
+
+def encode_ranked(pairs: Iterable[PreferencePair], tokenizer: Tokenizer, max_length: int, mode: TruncationMode,
+                  report: TruncationReport, margin: bool = False) -> Iterator[EncodedRanked]:
+    """Tokenise pairs for a reward model, each side cut as it is when it is scored alone. Raises `DataError` if none is left,
+    and with `margin` for a pair without one."""
+    left = False
+    for pair in pairs:
+        if margin and pair.margin is None:
+            raise DataError(f"{pair.where}: no margin, nor score_chosen and score_rejected; allowed: all records with one, or "
+                            "training without --margin")
+        (head, chosen, cut), (other, rejected, also) = (
+            encode_scored(pair.prompt, side, tokenizer, max_length, mode, pair.where) for side in (pair.chosen, pair.rejected))
+        if head != other:
+            head, chosen, rejected = [], head + chosen, other + rejected
+        report.total += 1
+        if chosen == rejected and not pair.identical:
+            report.dropped += 1
+            continue
+        if mode == "keep_end":
+            report.prompt_cut += cut or also
+        else:
+            report.completion_cut += cut or also
+        left = True
+        yield EncodedRanked(head, chosen, rejected, pair.where, margin=(pair.margin or 0.0) if margin else 0.0)
     if not left:
         raise DataError(f"no pair is left after truncation to {max_length} tokens ({report})")
 

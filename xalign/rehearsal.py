@@ -1,6 +1,7 @@
 """`--dry-run`: one record as the run would see it, and the memory that it needs; no weights are read or made."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from itertools import islice
 
 import torch
@@ -9,7 +10,7 @@ from torch import nn
 from xalign import distributed
 from xalign.adapters import adapt
 from xalign.checkpoint import outline
-from xalign.config import DPOConfig, SFTConfig
+from xalign.config import DPOConfig, RewardConfig, SFTConfig
 from xalign.data.collate import EncodedLabelled
 from xalign.data.records import Example, PreferencePair
 from xalign.dpo import DPO
@@ -17,7 +18,16 @@ from xalign.errors import ConfigError
 from xalign.hf import torch_dtype
 from xalign.memory import Workload, available, training_memory
 from xalign.nn.transformer import TransformerWrapper
-from xalign.prepare import encode_examples, encode_pairs, encode_texts, example_data, in_memory, preference_data
+from xalign.prepare import (
+    encode_examples,
+    encode_pairs,
+    encode_ranked,
+    encode_texts,
+    example_data,
+    in_memory,
+    preference_data,
+    ranked_data,
+)
 from xalign.stages import (
     check_vocabulary,
     parameter_count,
@@ -75,7 +85,24 @@ def rehearse_dpo(config: DPOConfig, device: torch.device) -> None:
                 other)
 
 
-def counted(config: DPOConfig | SFTConfig, model: TransformerWrapper) -> str:
+def rehearse_reward(config: RewardConfig, device: torch.device) -> None:
+    """Show what `xalign reward` would train on and need."""
+    data, examples = ranked_data(config.data, config.training.seed)
+    model, tokenizer = shape(config, examples)
+    settle_template(config.model.model, tokenizer, peek(data))
+    length = window(config.data.max_length, model)
+    encoded = in_memory(partial(encode_ranked, margin=config.reward.margin), islice(data.train(), LOOKED_AT), tokenizer, length,
+                        config.data.truncation_mode, "train pairs")
+    told = f", margin {encoded[0].margin}" * config.reward.margin
+    print(f"{counted(config, model)}, {tokenizer.vocab_size:,} pieces, {data.count:,} pairs; the first{told}:")
+    for side in ("chosen", "rejected"):
+        ids = encoded[0].prompt + getattr(encoded[0], side)
+        print(f"\n{side}, scored at its last token:")
+        print(show_record(tokenizer, ids, [False] * (len(ids) - 1) + [True]))
+    show_memory(config, model, length, max(p.length for p in encoded), 2, "none", device)
+
+
+def counted(config: DPOConfig | RewardConfig | SFTConfig, model: TransformerWrapper) -> str:
     """The model's parameters in words; puts adapters on it where they are what is trained."""
     whole = f"{parameter_count(model):,} parameters"
     adapt(model, config.lora)
@@ -83,11 +110,13 @@ def counted(config: DPOConfig | SFTConfig, model: TransformerWrapper) -> str:
     return whole if config.lora.lora_r is None else f"{whole} and {trained:,} of adapters, which are trained"
 
 
-def shape(config: DPOConfig | SFTConfig, examples: Callable[[], Iterator[Example]]) -> tuple[TransformerWrapper, Tokenizer]:
+def shape(config: DPOConfig | RewardConfig | SFTConfig,
+          examples: Callable[[], Iterator[Example]]) -> tuple[TransformerWrapper, Tokenizer]:
     """The model that a run begins with, on the meta device, and its tokenizer."""
     name = config.model.model
     if name:
-        model, _, folder = outline(name, allow_pickle=config.model.allow_pickle, revision=config.model.revision)
+        model, _, folder = outline(name, allow_pickle=config.model.allow_pickle, revision=config.model.revision,
+                                   rewards=isinstance(config, RewardConfig))
         tokenizer = load_tokenizer(folder)
         if tokenizer is None:
             raise ConfigError(f"{name}: there is no tokenizer in this folder, allowed is a folder with one")
@@ -111,7 +140,7 @@ def show_record(tokenizer: Tokenizer, ids: Sequence[int], scored: Sequence[bool]
     return "\n".join(f"{i:5d} {t:6d} {'scored' if s else '      '} {text!r}" for i, (t, s, text) in rows)
 
 
-def show_memory(config: DPOConfig | SFTConfig, model: TransformerWrapper, length: int, longest: int, sides: int,
+def show_memory(config: DPOConfig | RewardConfig | SFTConfig, model: TransformerWrapper, length: int, longest: int, sides: int,
                 reference: str, device: torch.device, other: nn.Module | None = None) -> None:
     """The table of `memory`, for the batch as it may become at worst."""
     t = config.training

@@ -18,7 +18,6 @@ from xalign import distributed, sharding
 from xalign.checkpoint import load_trained, save_trained
 from xalign.disk import write_atomically, writing
 from xalign.errors import CheckpointError, XalignError
-from xalign.nn.transformer import TransformerWrapper
 from xalign.tokenizers import Tokenizer
 
 KEPT_CHECKPOINTS = 2  # the newest, and the one before in case the newest is damaged
@@ -156,11 +155,11 @@ class RunFolder:
         for stale in self._stale(folder):
             shutil.rmtree(stale)
 
-    def restore(self) -> tuple[TransformerWrapper | Path, dict[str, Any]] | None:
+    def restore(self) -> tuple[nn.Module | Path, dict[str, Any]] | None:
         """Model (of adapters and of a sharded one the folder) and state of the newest usable checkpoint, for all the one that
         rank 0 finds; a damaged one is passed over, with a warning.
         """
-        loaded: list[tuple[TransformerWrapper | Path, dict[str, Any]]] = []
+        loaded: list[tuple[nn.Module | Path, dict[str, Any]]] = []
 
         def usable() -> Path | None:
             for folder in self.checkpoints():

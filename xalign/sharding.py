@@ -77,8 +77,9 @@ def _shard(model: nn.Module) -> nn.Module:
         if isinstance(part, FSDPModule):
             part.set_gradient_divide_factor(1.0)
             part.set_force_sum_reduction_for_comms(True)
-    if hasattr(model, "branch_logprobs"):
-        register_fsdp_forward_method(model, "branch_logprobs")
+    for method in ("branch_logprobs", "branch_rewards"):
+        if hasattr(model, method):
+            register_fsdp_forward_method(model, method)
     return skeleton
 
 

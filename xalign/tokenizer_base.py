@@ -80,6 +80,13 @@ class Tokenizer(ABC):
         """Text of `ids`, see `decode_bytes`; bytes that are not UTF-8 become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", "replace")
 
+    def padded_apart(self) -> "Tokenizer | None":
+        """The same, with a pad that ends no text: transformers' reward models read the last token that isn't the pad.
+
+        None where it has no token for that.
+        """
+        return None if self.pad_id in (self.eos_id, *self.stop_ids) else self
+
     @abstractmethod
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the tokenizer's files into `folder` (made if missing), each atomically."""

@@ -1,5 +1,6 @@
 """Hugging Face's `tokenizer.json`: writing ours without the `tokenizers` package, and reading any through it."""
 
+import copy
 import json
 import os
 import re
@@ -116,6 +117,7 @@ class JSONTokenizer(Tokenizer):
         self._where = folder / "tokenizer.json"
         raw = read_json(self._where)
         self._config = read_json(folder / CONFIG)
+        self._new_pad = ""
         self._template = self.chat_template = read_template(folder, self._config)
         self._files = {name: (folder / name).read_bytes() for name in FILES if (folder / name).is_file()}
         self._settings = self._with_older_files(folder)
@@ -245,6 +247,20 @@ class JSONTokenizer(Tokenizer):
         ids = ids.tolist() if hasattr(ids, "tolist") else ids
         return self._after[""].decode([i for i in ids if 0 <= i < len(self._pieces)])
 
+    def padded_apart(self) -> "JSONTokenizer | None":
+        ends = {self.eos_id, *self.stop_ids}
+        if self.pad_id not in ends:
+            return self
+        free = [text for text, id in self.markers.items() if id not in ends]
+        # one that is meant for it, or never occurs, or occurs only elsewhere
+        free.sort(key=lambda text: ("pad" not in text.lower(), text != self.unk_token, text in (self.chat_template or "")))
+        if not free:
+            return None
+        twin = copy.copy(self)
+        twin.pad_token = twin._new_pad = free[0]
+        twin.pad_id = self.markers[free[0]]
+        return twin
+
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the files that were read, byte for byte, and the chat template where it was changed.
 
@@ -256,6 +272,10 @@ class JSONTokenizer(Tokenizer):
         for name, data in self._files.items():
             write_atomically(folder / name, data)
         config = dict(self._config)
+        if self._new_pad:
+            config["pad_token"] = self._new_pad
+            if (older := folder / "special_tokens_map.json").exists():
+                write_atomically(older, json_bytes(read_json(older) | {"pad_token": self._new_pad}))
         if config.get("tokenizer_class") != "PreTrainedTokenizerFast":
             config["tokenizer_class"] = "PreTrainedTokenizerFast"
             if isinstance(config.get("extra_special_tokens"), list):  # 4.57 knows no list of them

@@ -14,7 +14,7 @@ import torch.nn as nn
 from xalign import distributed
 from xalign.adapters import adapt, save_adapter, unplaced
 from xalign.checkpoint import load_pretrained, outline, save_pretrained
-from xalign.config import DPOConfig, QuantOptions, SFTConfig, flatten
+from xalign.config import DPOConfig, QuantOptions, RewardConfig, SFTConfig, flatten
 from xalign.data.chat_template import render_prompt
 from xalign.data.collate import (
     EncodedExample,
@@ -77,6 +77,7 @@ from xalign.watch import missing_end, sampled_kl, unbalanced, warn
 # settings that may differ when a run is resumed: they change nothing in what is computed
 VOLATILE = ("profile", "resume", "overwrite", "dry_run", "report_to", "output_dir", "reference_cache", "parallel",
             "checkpoint_type")
+Config = DPOConfig | RewardConfig | SFTConfig
 
 
 def claim(config: Any, program: str) -> RunFolder:
@@ -103,7 +104,8 @@ def check(config: Any) -> None:
         refuse_unused(config)
         if config.lora.lora_r is not None:
             given = config.model
-            adapt(outline(str(given.model), allow_pickle=given.allow_pickle, revision=given.revision)[0], config.lora)
+            adapt(outline(str(given.model), allow_pickle=given.allow_pickle, revision=given.revision,
+                          rewards=isinstance(config, RewardConfig))[0], config.lora)
     else:
         if config.model.revision is not None:
             raise ConfigError(f"--revision {config.model.revision} goes with --model")
@@ -130,7 +132,7 @@ def refuse_sharded_adapters(config: Any) -> None:
 def refuse_unused(config: Any) -> None:
     """Settings of a model from scratch say nothing about a given one: whoever sets one expects something else."""
     given = ("model", "revision", "allow_pickle")
-    groups = [config.model, *([config.sft] if isinstance(config, DPOConfig) else [])]
+    groups = [config.model, *([config.sft] if isinstance(config, DPOConfig | RewardConfig) else [])]
     unused = [(f, getattr(g, f.name)) for g in groups for f in fields(g) if f.name not in given]
     names = [f.name for f, value in unused if value != f.default]
     names += ["sft_dataset"] if getattr(config.data, "sft_dataset", None) else []
@@ -139,7 +141,7 @@ def refuse_unused(config: Any) -> None:
                           "allowed is one of them")
 
 
-def refuse_half_adapters(config: DPOConfig | SFTConfig) -> None:
+def refuse_half_adapters(config: Config) -> None:
     """Refuse settings of adapters without adapters: whoever sets one expects them."""
     quantisation(config.quant)
     if config.lora.lora_r is not None:
@@ -194,7 +196,7 @@ def run_sft(config: SFTConfig) -> None:
         print(policy)
 
 
-def first_model(config: DPOConfig | SFTConfig, examples: Iterable[Example],
+def first_model(config: Config, examples: Iterable[Example],
                 device: torch.device) -> tuple[TransformerWrapper, Tokenizer]:
     """--model, or an untrained model of the shape that is set, with a tokenizer of the examples' text."""
     if config.model.model:
@@ -205,14 +207,14 @@ def first_model(config: DPOConfig | SFTConfig, examples: Iterable[Example],
     return model.to(device, torch_dtype(config.run.dtype)), tokenizer
 
 
-def given_model(config: DPOConfig | SFTConfig, path: str, device: torch.device,
+def given_model(config: Config, path: str, device: torch.device,
                 quant: QuantOptions | None = None) -> tuple[TransformerWrapper, Tokenizer]:
     """The model of --model or --ref-model; the revision is --model's."""
     revision = config.model.revision if path == config.model.model else None
     return load_model(path, config.run.dtype, device, allow_pickle=config.model.allow_pickle, revision=revision, quant=quant)
 
 
-def put_adapters(config: DPOConfig | SFTConfig, model: TransformerWrapper) -> None:
+def put_adapters(config: Config, model: TransformerWrapper) -> None:
     """Put the adapters on that the settings ask for: from then on they alone are trained."""
     adapt(model, config.lora, config.training.seed)
     if has_lora(model):
@@ -238,7 +240,7 @@ def finish(config: DPOConfig | SFTConfig, run: RunFolder, model: TransformerWrap
     save_pretrained(model, run.path / "policy", tokenizer)
 
 
-def data_key(config: DPOConfig | SFTConfig, run: RunFolder) -> dict[str, Any]:
+def data_key(config: Config, run: RunFolder) -> dict[str, Any]:
     """What the records of a run depend on: all its data settings, the files' contents, and the seed of the split."""
     return {**vars(config.data), "data_sha256": read_json(run.path / CONFIG)["data_sha256"], "seed": config.training.seed}
 
@@ -341,10 +343,10 @@ def same_ids(one: Tokenizer, other: Tokenizer, records: list[PreferencePair | La
     return one.vocab_size == other.vocab_size and first[: len(first) // 2] == first[len(first) // 2 :]
 
 
-def base_model(config: DPOConfig, run: RunFolder, data: Split[Any], examples: Source[Example],
-               device: torch.device) -> tuple[TransformerWrapper, Tokenizer]:
-    """The model before alignment, kept in <run>/reference: --model, or one trained on `examples` from scratch."""
-    saved = run.path / "reference"
+def base_model(config: DPOConfig | RewardConfig, run: RunFolder, data: Split[Any], examples: Source[Example],
+               device: torch.device, name: str = "reference") -> tuple[TransformerWrapper, Tokenizer]:
+    """The model before alignment, kept in <run>/`name`: --model, or one trained on `examples` from scratch."""
+    saved = run.path / name
     if not distributed.once(saved.exists):
         if not config.model.model:
             say("training a tokenizer and a model from scratch")

@@ -19,6 +19,7 @@ from xalign.logprobs import sequence_logprobs
 from xalign.nn.decoding import evaluating
 from xalign.nn.lora import has_lora
 from xalign.nn.products import linear
+from xalign.nn.reward import RewardModel
 from xalign.nn.transformer import TransformerWrapper
 
 TIMED = ("seconds", "tokens_per_second", "U")  # what a line of the log has from the clock: the rest is resumed to the bit
@@ -58,7 +59,7 @@ def shared_flops(model: nn.Module, lengths: Sequence[Sequence[int]]) -> float:
         total += 2 * block * depth * (prompt + replies) - 2 * (block - 2 * d * keys) * prompt
         seen = sum(c * prompt + c * (c + 1) / 2 for c in completions)
         total += 4 * queries * ((depth - 1) * prompt * (prompt + 1) / 2 + depth * seen)
-        total += 2 * d * net.num_tokens * replies
+        total += 2 * d * net.num_tokens * replies * (not isinstance(model, RewardModel))
     return total
 
 
@@ -258,7 +259,8 @@ class Watch:
 
     def __init__(self, title: str, total: int, records: Sequence[Record] = ()):
         self.title, self.total, self.records = title, total, list(records)
-        self.left, self.due = list(CHECKS), 0.0
+        # the rewards of a reward model have no zero
+        self.left, self.due = [c for c in CHECKS if c is not both_falling or title != "reward"], 0.0
 
     def note(self, record: Record) -> None:
         self.records.append(record)

@@ -52,11 +52,15 @@ def load_weights(model: nn.Module, folder: Path, layout: Layout, dtype: torch.dt
         found[canonical] = name
     wanted = {entry.file for entry in layout.entries}
     lacking, unknown = wanted - found.keys(), {found[k] for k in found.keys() - wanted}
+    if layout.head in lacking:
+        others = f", only the unknown {_and_more(sorted(unknown))}" if unknown else ""
+        raise CheckpointError(f"{source}: holds no trained reward head {layout.head}{others}: allowed is a reward model's "
+                              "folder, or its head's own name (--value-head-prefix)")
     for problem, keys in (("lacks", lacking), ("has the unknown", unknown)):
         if keys:
             raise CheckpointError(f"{source}: {problem} tensor {_and_more(sorted(keys))}")
 
-    embedding = found[next(e.file for e in layout.entries if "token_emb.weight" in e.ours)]
+    embedding = found[next(e.file for e in layout.entries if e.ours[0].endswith("token_emb.weight"))]
     for head in (name for name in ignored if layout.aliases.get(name, name) in layout.ignored):
         one, two = reader.get(places[head], head), reader.get(places[embedding], embedding)
         if one.dtype != two.dtype or not one.equal(two):  # then transformers 4 ties them all the same, and 5 doesn't
@@ -71,6 +75,8 @@ def load_weights(model: nn.Module, folder: Path, layout: Layout, dtype: torch.dt
         what = f"{places[name]}: {name}"
         tensor = reader.get(places[name], name)
         ours = [empty[key] for key in entry.ours]
+        if entry.file == layout.head and tensor.ndim == 2 and len(tensor) != 1:
+            raise CheckpointError(f"{what} is a head {len(tensor)} wide, allowed is 1: one reward a text")
         try:
             parts = entry.split(_float(tensor, what))
         except (RuntimeError, ValueError, IndexError):  # what can't be cut has another shape

@@ -48,6 +48,13 @@ class EncodedLabelled(EncodedPair):
 
 
 @dataclass(frozen=True)
+class EncodedRanked(EncodedPair):
+    """A pair for a reward model, each side cut on its own (where prompts then differ, `prompt` is empty), and its margin."""
+
+    margin: float = 0.0
+
+
+@dataclass(frozen=True)
 class EncodedExample:
     """Ids and which of them are scored; `bos` as in `EncodedPair`."""
 
@@ -77,6 +84,28 @@ def encode_labelled(labelled: Labelled, tokenizer: Tokenizer) -> EncodedLabelled
     prompt, ids, _ = _completion(labelled.prompt, labelled.completion, labelled.where, tokenizer, None)
     bos = _has_bos(prompt + ids, labelled.prompt, tokenizer)
     return EncodedLabelled(prompt, ids, ids, labelled.where, bos, labelled.label)
+
+
+def encode_scored(prompt: Text, completion: Text, tokenizer: Tokenizer, max_length: int, mode: TruncationMode = "keep_end",
+                  where: str = "") -> tuple[list[int], list[int], bool]:
+    """Ids of a prompt and a completion for a reward model, cut to `max_length`, and whether they had to be.
+
+    `keep_end` cuts the prompt's beginning (but for its BOS) and, where that is not enough, the completion's; `keep_start` the
+    completion's end, and then the prompt's. What closes the completion (EOS, or its end of turn) always stays: there the
+    reward is read. Raises `DataError` with `where`.
+    """
+    _check_length(max_length, mode)
+    head, ids, mask = _completion(prompt, completion, where, tokenizer, None)
+    over = len(head) + len(ids) - max_length
+    if over <= 0:
+        return head, ids, False
+    if mode == "keep_end":
+        bos = int(_has_bos(head + ids, prompt, tokenizer))
+        kept, left = (head + ids)[:bos] + (head + ids)[over + bos :], len(head) - min(over, max(0, len(head) - bos))
+        return kept[:left], kept[left:], True
+    closing = ids[max((i for i, scored in enumerate(mask) if scored), default=len(ids) - 1) :][-max_length:]
+    kept = (head + ids)[: max_length - len(closing)]
+    return kept[: len(head)], kept[len(head) :] + closing, True
 
 
 def mismatch(rows: Sequence[EncodedLabelled], max_length: int) -> list[EncodedLabelled]:
@@ -264,6 +293,13 @@ class LabelledBatch(PairBatch):
 
 
 @dataclass(frozen=True)
+class RankedBatch(PairBatch):
+    """Pairs for a reward model, with their margins (b,)."""
+
+    margin: Tensor
+
+
+@dataclass(frozen=True)
 class ExampleBatch(_Batch):
     """Right-padded ids `(b, n)`, bool masks of real and of scored tokens, and `(b,)` indices of the rows."""
 
@@ -286,6 +322,11 @@ def collate_pairs(pairs: Sequence[EncodedPair], pad_id: int, index: Sequence[int
 def collate_labelled(rows: Sequence[EncodedLabelled], pad_id: int, index: Sequence[int] | None = None) -> LabelledBatch:
     """Pad labelled completions into a batch; `index` as in `collate_pairs`."""
     return LabelledBatch(**vars(collate_pairs(rows, pad_id, index)), labels=torch.tensor([row.label for row in rows]))
+
+
+def collate_ranked(rows: Sequence[EncodedRanked], pad_id: int, index: Sequence[int] | None = None) -> RankedBatch:
+    """Pad pairs for a reward model into a batch; `index` as in `collate_pairs`."""
+    return RankedBatch(**vars(collate_pairs(rows, pad_id, index)), margin=torch.tensor([row.margin for row in rows]))
 
 
 def collate_examples(

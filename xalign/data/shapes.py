@@ -159,7 +159,7 @@ def _example(record: Record, where: str, report: ReadReport, every_turn: bool) -
         report.count("labelled undesirable, dropped", where)
         return None
     if _has(record, "messages"):
-        return Example((), _messages(record["messages"], "messages", where), where)
+        return Example((), to_messages(record["messages"], "messages", where), where)
     if _has(record, "completion"):
         return Example(*_prompt_and_completion(record, where), where)
     if _has(record, "instruction") and _has(record, "output"):
@@ -194,7 +194,7 @@ def _labelled(record: Record, where: str, report: ReadReport) -> list[Labelled] 
         return None
     if _has(record, "label"):
         if _has(record, "messages"):
-            messages = _messages(record["messages"], "messages", where)
+            messages = to_messages(record["messages"], "messages", where)
             return [Labelled(messages[:-1], messages[-1:], _label(record, where), where)]
         if not _has(record, "completion"):
             raise DataError(f"{where}: a label, but only {keys_of(record)}; allowed: {LABELLED_SHAPES}")
@@ -311,10 +311,11 @@ def _string(record: Record, name: str, where: str) -> str:
 def _text(record: Record, name: str, where: str) -> Text:
     """A column that holds text or a list of messages."""
     value = record[name]
-    return value if isinstance(value, str) else _messages(value, name, where)
+    return value if isinstance(value, str) else to_messages(value, name, where)
 
 
-def _messages(value: Any, name: str, where: str) -> tuple[Message, ...]:
+def to_messages(value: Any, name: str, where: str) -> tuple[Message, ...]:
+    """The messages of a column that holds a list of them."""
     if not isinstance(value, list):
         allowed = "a list of messages" if name == "messages" else "text or a list of messages"
         raise DataError(f"{where}: {name!r} must be {allowed}, not {type(value).__name__}")

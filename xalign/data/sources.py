@@ -107,13 +107,14 @@ def _read(path: Path, read: Callable[[Record, str, ReadReport], T | None], what:
         raise DataError(f"{path}: no usable {what} ({report})")
 
 
-def column_names(settings: Iterable[str]) -> dict[str, str] | None:
+def column_names(settings: Iterable[str], flag: str = "--columns",
+                 example: str = "chosen=better") -> dict[str, str] | None:
     """`("chosen=better",)` as {"chosen": "better"}: a standard name, and the file's; None where there are none."""
     names: dict[str, str] = {}
     for setting in settings:
         ours, equals, theirs = setting.partition("=")
         if not (ours and equals and theirs) or ours in names or theirs in names.values():
-            raise ConfigError(f"--columns has {setting!r}, allowed are settings like chosen=better, each name once")
+            raise ConfigError(f"{flag} has {setting!r}, allowed are settings like {example}, each name once")
         names[ours] = theirs
     return names or None
 

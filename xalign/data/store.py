@@ -11,6 +11,7 @@ import itertools
 import json
 import os
 import shutil
+import struct
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -18,17 +19,19 @@ from typing import Any, Generic, TypeVar, overload
 
 import numpy as np
 
-from xalign.data.collate import EncodedExample, EncodedLabelled, EncodedPair
+from xalign.data.collate import EncodedExample, EncodedLabelled, EncodedPair, EncodedRanked
 from xalign.disk import writing
 
 IDS, LENGTHS, META = "ids.bin", "lengths.bin", "meta.json"
 VERSION = 1  # part of what a store must agree with: raise it when the layout changes
-R = TypeVar("R", EncodedPair, EncodedLabelled, EncodedExample)
+R = TypeVar("R", EncodedPair, EncodedLabelled, EncodedRanked, EncodedExample)
 
 
 def _parts(row: EncodedPair | EncodedExample) -> tuple[Sequence[int], ...]:
     """What is written of a row; a mask is told by the lengths of its runs, of which the first is not scored, a label by that
-    of the last part."""
+    of the last part, a margin as the bits of an fp32 number."""
+    if isinstance(row, EncodedRanked):
+        return row.prompt, row.chosen, row.rejected, struct.unpack("<2H", struct.pack("<f", row.margin))
     if isinstance(row, EncodedPair):
         return row.prompt, row.chosen, row.rejected, *([[0] * row.label] if isinstance(row, EncodedLabelled) else [])
     runs = [(scored, sum(1 for _ in run)) for scored, run in itertools.groupby(row.loss_mask)]
@@ -91,6 +94,9 @@ class Store(Sequence[R], Generic[R]):
         parts = [flat[end - length : end] for end, length in zip(ends, lengths, strict=True)]
         if self.kind is EncodedLabelled:
             return EncodedLabelled(parts[0], parts[1], parts[2], label=bool(parts[3]))  # type: ignore[return-value]
+        if self.kind is EncodedRanked:
+            [margin] = struct.unpack("<f", struct.pack("<2H", *parts[3]))
+            return EncodedRanked(parts[0], parts[1], parts[2], margin=margin)  # type: ignore[return-value]
         if self.kind is EncodedPair:
             return EncodedPair(*parts)  # type: ignore[return-value]
         mask = [bool(number % 2) for number, length in enumerate(parts[1]) for _ in range(length)]

@@ -19,6 +19,7 @@ from xalign.data.collate import (
     EncodedPair,
     ExampleBatch,
     PairBatch,
+    RankedBatch,
     collate_examples,
     collate_pairs,
 )
@@ -26,13 +27,14 @@ from xalign.data.records import Text
 from xalign.dpo import DPO, unwrap
 from xalign.logprobs import scored_logprobs
 from xalign.nn.decoding import evaluating
+from xalign.nn.reward import RewardModel
 from xalign.nn.transformer import TransformerWrapper
 from xalign.objectives import pair_masks
 from xalign.tokenizers import Tokenizer
 
 RESAMPLES = 2000
 SCORED_LOGITS = 2**28  # of one forward pass, for one side of pairs: 1 GiB in fp32, so that a large vocabulary fits
-Batch = TypeVar("Batch", PairBatch, ExampleBatch)
+Batch = TypeVar("Batch", PairBatch, RankedBatch, ExampleBatch)
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ def completion_logps(model: TransformerWrapper, tokenizer: Tokenizer, prompts: S
     """Summed log-probability, nats, of each completion's tokens after its prompt."""
     pairs = [EncodedPair(render_prompt(tokenizer, prompt).ids, list(c.token_ids), []) for prompt, row in
              zip(prompts, completions, strict=True) for c in row]
-    sums, _ = _chosen_logps(model, pairs, tokenizer.pad_id)
+    sums, _ = chosen_logps(model, pairs, tokenizer.pad_id)
     flat = iter(sums)
     return [[next(flat) for _ in row] for row in completions]
 
@@ -98,6 +100,7 @@ def each_batch(model: nn.Module, lengths: Sequence[int] | np.ndarray, collate: C
     """
     order = np.argsort(np.asarray(lengths), kind="stable")
     device, vocab = next(model.parameters()).device, getattr(unwrap(model), "num_tokens", 1)
+    vocab = 1 if isinstance(model, RewardModel) else vocab  # which has no logits
     with evaluating(model), tqdm(total=len(order), desc=progress, unit="pair", disable=not progress, mininterval=1) as bar:
         at = 0
         while at < len(order):
@@ -108,7 +111,9 @@ def each_batch(model: nn.Module, lengths: Sequence[int] | np.ndarray, collate: C
             bar.update(len(rows))
 
 
-def _chosen_logps(model: TransformerWrapper, pairs: Sequence[EncodedPair], pad_id: int) -> tuple[list[float], list[int]]:
+def chosen_logps(model: TransformerWrapper, pairs: Sequence[EncodedPair], pad_id: int, size: int = 32,
+                 progress: str = "") -> tuple[list[float], list[int]]:
+    """Summed log-probability, nats, of each pair's chosen side given the prompt, and how many tokens that has."""
     sums, counts = [0.0] * len(pairs), [0] * len(pairs)
 
     def use(rows: list[int], batch: PairBatch) -> None:
@@ -117,7 +122,7 @@ def _chosen_logps(model: TransformerWrapper, pairs: Sequence[EncodedPair], pad_i
             sums[i], counts[i] = s, c
 
     each_batch(model, [len(p.prompt) + len(p.chosen) for p in pairs],
-               lambda rows: collate_pairs([pairs[i] for i in rows], pad_id), use)
+               lambda rows: collate_pairs([pairs[i] for i in rows], pad_id), use, size, progress)
     return sums, counts
 
 
@@ -125,7 +130,7 @@ def perplexity(model: TransformerWrapper, pairs: Sequence[EncodedPair], pad_id: 
     """Perplexity of held-out completions (of pairs: both) given their prompts: exp of nats a token, EOS included."""
     n = len(pairs)
     both = [*pairs, *(EncodedPair(p.prompt, p.rejected, []) for p in pairs if not isinstance(p, EncodedLabelled))]
-    sums, counts = (np.asarray(column).reshape(-1, n).sum(0) for column in _chosen_logps(model, both, pad_id))
+    sums, counts = (np.asarray(column).reshape(-1, n).sum(0) for column in chosen_logps(model, both, pad_id))
     return estimate(-sums, counts, np.exp)
 
 

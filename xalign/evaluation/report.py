@@ -53,15 +53,15 @@ def _table(result: Comparison) -> str:
 def _samples(result: Comparison) -> list[str]:
     parts = []
     for i, prompt in enumerate(result.prompts[:SHOWN]):
-        lines = [f"**{i + 1}.** {_prose(prompt)}"]
+        lines = [f"**{i + 1}.** {prose(prompt)}"]
         for name in ("reference", "policy"):
             gold = f" (gold {result.gold[name][i][0]:+.2f})" if name in result.gold else ""
-            lines.append(f"- *{name}*{gold}: {_prose(result.texts[name][i][0])}")
+            lines.append(f"- *{name}*{gold}: {prose(result.texts[name][i][0])}")
         parts.append("\n".join(lines))
     return parts
 
 
-def _prose(text: Text) -> str:
+def prose(text: Text) -> str:
     """Text for one Markdown line: a quoted model must not make headings, links or tables of ours."""
     whole = text if isinstance(text, str) else " ".join(f"[{m.role}] {m.content}" for m in text)
     clean = " ".join(whole.split())
@@ -70,38 +70,53 @@ def _prose(text: Text) -> str:
     return clean.replace("://", "\\://").replace("www.", "www\\.")
 
 
-def draw(folder: Path, result: Comparison) -> list[tuple[str, str]]:
-    """Draw the pictures into `folder`; gives (file, caption), nothing where matplotlib is missing."""
+def pyplot() -> Any:
+    """matplotlib's pyplot, without a screen; None where it is missing."""
     try:
         import matplotlib
     except ImportError:
-        return []
+        return None
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    return plt
+
+
+def save_figure(plt: Any, folder: Path, figure: Any, name: str, caption: str) -> tuple[str, str]:
+    """Write a picture, whole or not at all, and give it with its caption."""
+    figure.tight_layout()
+    png = io.BytesIO()
+    figure.savefig(png, dpi=110)
+    write_atomically(folder / name, png.getvalue())
+    plt.close(figure)
+    return name, caption
+
+
+def plot_lines(axis: Any, log: Sequence[dict[str, Any]], names: Sequence[tuple[str, str]], title: str) -> None:
+    """Draw these (key, label) of a training's log over its steps."""
+    for key, label in names:
+        style = {"marker": "o"} if key.startswith("eval/") else {"marker": ".", "alpha": 0.7}
+        points = [(r["step"], r[key]) for r in log if key in r]
+        axis.plot(*zip(*points, strict=True) if points else ([], []), label=label, markersize=3, **style)
+    axis.set(title=title, xlabel="step")
+    axis.grid(alpha=0.3)
+    axis.legend()
+
+
+def draw(folder: Path, result: Comparison) -> list[tuple[str, str]]:
+    """Draw the pictures into `folder`; gives (file, caption), nothing where matplotlib is missing."""
+    plt = pyplot()
+    if plt is None:
+        return []
     log = read_jsonl(folder / METRICS)
-    train = [r for r in log if "loss" in r]
-    held_out = [r for r in log if "eval/loss" in r]
     colours = {"untrained": "0.7", "reference": "tab:blue", "policy": "tab:orange"}
     pictures: list[tuple[str, str]] = []
 
     def save(figure: Any, name: str, caption: str) -> None:
-        figure.tight_layout()
-        png = io.BytesIO()
-        figure.savefig(png, dpi=110)
-        write_atomically(folder / name, png.getvalue())
-        plt.close(figure)
-        pictures.append((name, caption))
+        pictures.append(save_figure(plt, folder, figure, name, caption))
 
     def lines(axis: Any, names: Sequence[tuple[str, str]], title: str) -> None:
-        for key, label in names:
-            records = held_out if key.startswith("eval/") else train
-            style = {"marker": "o"} if key.startswith("eval/") else {"marker": ".", "alpha": 0.7}
-            points = [(r["step"], r[key]) for r in records if key in r]
-            axis.plot(*zip(*points, strict=True) if points else ([], []), label=label, markersize=3, **style)
-        axis.set(title=title, xlabel="step")
-        axis.grid(alpha=0.3)
-        axis.legend()
+        plot_lines(axis, log, names, title)
 
     figure, axes = plt.subplots(1, 3, figsize=(13, 3.8))
     lines(axes[0], [("loss", "training"), ("eval/loss", "held out")], "loss, nats a pair")

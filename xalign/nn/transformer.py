@@ -324,9 +324,19 @@ class TransformerWrapper(nn.Module):
         `Branches` says what begin, end (b,) and `sides` mean; columns are those of branches. No padding runs through
         the layers, and never are more than `products.HELD` logits held. Raises `ValueError` as the model's call does.
         """
+        self.check_ids(targets)
+        hidden = self.branch_hidden(tokens, begin, end, sides, rows, columns)
+        head: Any = self.token_emb if self.to_logits is None else self.to_logits
+        if isinstance(head, (Linear, nn.Embedding)):
+            return target_logprobs(hidden, head.weight, targets)
+        with torch.no_grad():  # quantised: its product with 1 is the weight
+            weight = head(torch.eye(hidden.shape[1], dtype=hidden.dtype, device=hidden.device)).t()
+        return target_logprobs(hidden, weight, targets)
+
+    def branch_hidden(self, tokens: Tensor, begin: Tensor, end: Tensor, sides: int, rows: Tensor, columns: Tensor) -> Tensor:
+        """Final hidden states (m, d) at these `rows` and `columns` (m,) of tokens (b, n); arguments as in `branch_logprobs`."""
         branches = Branches(tokens, begin, end, sides)
         self.check_ids(branches.tokens)
-        self.check_ids(targets)
         layers = self.attn_layers
         if layers.max_positions is not None:
             self._check_length(int(end.max()), layers.max_positions, "dynamic RoPE goes up to its original length, {}")
@@ -335,13 +345,7 @@ class TransformerWrapper(nn.Module):
             self._check_length(int(end.max()), self.max_seq_len, "max_seq_len is {} and the positions are absolute")
             x = x + self.pos_emb(branches.positions.clamp(max=self.max_seq_len - 1))  # further there is only padding
         hidden = layers(self.emb_dropout(x)[None], layers.branch_context(branches))[0]
-        head: Any = self.token_emb if self.to_logits is None else self.to_logits
-        hidden = hidden.index_select(0, branches.places(rows, columns))
-        if isinstance(head, (Linear, nn.Embedding)):
-            return target_logprobs(hidden, head.weight, targets)
-        with torch.no_grad():  # quantised: its product with 1 is the weight
-            weight = head(torch.eye(hidden.shape[1], dtype=hidden.dtype, device=hidden.device)).t()
-        return target_logprobs(hidden, weight, targets)
+        return hidden.index_select(0, branches.places(rows, columns))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The head: final hidden states (..., d) -> logits (..., v)."""
