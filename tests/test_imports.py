@@ -67,6 +67,8 @@ FLOORS = [
     "rehearsal",
     "train",
     "train_reward",
+    "chat console",
+    "repl",
     "complete",
     "serve",
     "score",
@@ -140,7 +142,7 @@ def test_every_public_name_is_there():
 
 @pytest.mark.parametrize("arguments", ["dpo --help", "sft --help", "generate --help", "--help", "--version", "nonsense",
                                        "dpo --bata 1", "dpo --print-config", "data inspect --help", "score --help",
-                                       "rewardbench --help", "reward --help"])
+                                       "rewardbench --help", "reward --help", "chat --help"])
 def test_help_and_mistakes_load_nothing_heavy(arguments):
     code = ("import sys\nfrom xalign.cli import main\ntry: main(sys.argv[1:])\nexcept SystemExit: pass\n"
             f"loaded = [m for m in {HEAVY} if m in sys.modules]\nassert not loaded, loaded")

@@ -9,7 +9,7 @@ from typing import Any
 
 from xalign.errors import ConfigError, XalignError, nearest
 
-SHORT = {"-p": "--prompt", "-n": "--n"}
+SHORT = {"-p": "--prompt", "-n": "--n", "-i": "--interactive"}
 
 
 def _dpo(arguments: Sequence[str], program: str) -> None:
@@ -58,10 +58,18 @@ def _generate(arguments: Sequence[str], program: str) -> None:
     from xalign.config import GenerateConfig
     from xalign.flags import parse
 
+    following = [*arguments[1:], "-"][: len(arguments)]
+    # --compare may stand without a value
+    arguments = [f"{a}=reference" if a == "--compare" and after.startswith("-") else a
+                 for a, after in zip(arguments, following, strict=True)]
     config = parse(GenerateConfig, arguments, program, SHORT)
     from xalign.complete import run_generate
 
     run_generate(config)
+
+
+def _chat(arguments: Sequence[str], program: str) -> None:
+    _generate(["--chat", *arguments], program)
 
 
 def _inspect(arguments: Sequence[str], program: str) -> None:
@@ -131,6 +139,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str], str], None], str]] = {
     "dpo": (_dpo, "align a model with preference pairs (train_dpo.py)"),
     "reward": (_reward, "train a reward model on preference pairs"),
     "generate": (_generate, "continue prompts with a trained model (generate.py)"),
+    "chat": (_chat, "talk to a model, or to two side by side (generate.py --chat)"),
     "score": (_score, "score replies with a reward model, a DPO policy or a server; --serve does it over HTTP"),
     "rewardbench": (_rewardbench, "measure a reward model, a DPO policy or a judge on RewardBench"),
     "data inspect": (_inspect, "show what a file of records holds and what training would make of it"),

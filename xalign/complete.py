@@ -5,32 +5,28 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from xalign.adapters import load_adapter
 from xalign.backends.base import SamplingParams
-from xalign.backends.native import NativeBackend
+from xalign.chat import load_native
 from xalign.config import GenerateConfig, PromptOptions
 from xalign.data.records import Message, Text
 from xalign.data.sources import read_prompts
 from xalign.errors import ConfigError, DataError
-from xalign.nn.lora import merge
 from xalign.prepare import say
+from xalign.repl import run_chat, talks
 from xalign.score_config import ScoreOptions
-from xalign.stages import choose_device, load_model, prompt_text
+from xalign.stages import prompt_text
 
 
 def run_generate(config: GenerateConfig) -> None:
     """Continue each prompt; text as it comes for one prompt, else completions in the prompts' order."""
+    if talks(config):
+        return run_chat(config)
     options, draw = config.prompt, config.sampling
     params = SamplingParams(**{name: getattr(draw, name) for name in SamplingParams.__dataclass_fields__})
     prompts = [as_prompt(p, options, f"prompt {i}") for i, p in enumerate(gather(options), 1)]
-    model, tokenizer = load_model(options.model, draw.dtype, choose_device(draw.device), allow_pickle=options.allow_pickle,
-                                  revision=options.revision, quant=draw)
-    if options.adapter is not None:
-        load_adapter(model, options.adapter)
-        model.eval() if draw.load_in_8bit or draw.load_in_4bit else merge(model)  # merged it is as fast as without
-    if not tokenizer.chat_template and not all(isinstance(prompt, str) for prompt in prompts):
+    backend = load_native(options.model, options, draw, options.adapter)
+    if not backend.tokenizer.chat_template and not all(isinstance(prompt, str) for prompt in prompts):
         say(f"{options.model} has no chat template: xalign's own is used")
-    backend = NativeBackend(model, tokenizer, draw.batch_size, draw.cache_tokens)
     if len(prompts) == 1 and params.n == params.beams == 1 and not options.json:
         for piece in backend.stream(prompts[0], params):
             print(piece, end="", flush=True)

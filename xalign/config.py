@@ -374,7 +374,7 @@ class PromptOptions:
     prompts: str | None = None
     """File with a prompt a line: .txt, or .jsonl with "prompt" as text or messages."""
     chat: bool = False
-    """Render prompts with the model's chat template as a user's turn."""
+    """Render prompts with the model's chat template as a user's turn; without any prompt: a conversation."""
     system: str | None = None
     """System turn in front (with --chat)."""
     json: bool = False
@@ -400,10 +400,36 @@ class SamplingOptions(QuantOptions, SamplingParams):
 
 
 @dataclass(frozen=True)
+class ConversationOptions:
+    """Talking to a model: turn by turn (--chat), or each message by itself (--interactive)."""
+
+    interactive: bool = False
+    """Read messages and answer them (also -i), each by itself, in --input-template; with --chat as a conversation."""
+    input_template: str | None = None
+    """What the model sees of --interactive, {} for the message; none: User: {}, a line end, Assistant: and a blank."""
+    compare: str | None = None
+    """Answer with this model as well, side by side; without a value: with the run's reference, or with the model without its
+    --adapter."""
+    beta: float = 0.1
+    """What the log-ratio shown by --compare is multiplied with, > 0."""
+    picks: str = "picks.jsonl"
+    """File to which /pick adds preference pairs."""
+    allow_special_tokens: bool = False
+    """Read special tokens in a message as tokens, not as text."""
+    history: str | None = None
+    """File of what was typed before; none: xalign/history in $XDG_STATE_HOME, or ~/.local/state."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.beta < float("inf"):
+            raise ConfigError(f"beta is {self.beta}, allowed is a finite number > 0")
+
+
+@dataclass(frozen=True)
 class GenerateConfig:
-    """Continue prompts with a trained model; completions go to standard output."""
+    """Continue prompts with a trained model, or talk to it; completions go to standard output."""
 
     prompt: PromptOptions = field(default_factory=PromptOptions)
+    conversation: ConversationOptions = field(default_factory=ConversationOptions)
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
 
 

@@ -1,6 +1,7 @@
 """Our own engine: prompts (text or messages) to completions, many at once."""
 
-from collections.abc import Callable, Iterator, Sequence
+import contextlib
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import torch
@@ -10,9 +11,10 @@ from tqdm import tqdm
 
 from xalign import sampling
 from xalign.backends.base import Completion, SamplingParams
-from xalign.data.chat_template import render_prompt
+from xalign.data.chat_template import Rendered, render_prompt
 from xalign.data.records import Text
 from xalign.nn.autoregressive import AutoregressiveWrapper
+from xalign.nn.cache import Kept
 from xalign.nn.decoding import room
 from xalign.nn.engine import rounds
 from xalign.nn.transformer import TransformerWrapper
@@ -32,10 +34,14 @@ class NativeBackend:
     def __init__(self, model: TransformerWrapper, tokenizer: Tokenizer, batch_size: int = 64, cache_tokens: int | None = None):
         self.wrapper = AutoregressiveWrapper(model, pad_value=tokenizer.pad_id)
         self.tokenizer, self.batch_size, self.cache_tokens = tokenizer, batch_size, cache_tokens
+        self.kept: Kept | None = None  # of `stream`: what a chat has run so far
+        self.streamed: list[int] = []  # the token ids of the newest stream, and whether an end was among them
+        self.ended = False
 
-    def generate(self, prompts: Sequence[Text], params: SamplingParams, progress: str = "") -> list[list[Completion]]:
+    def generate(self, prompts: Sequence[Text | Rendered], params: SamplingParams,
+                 progress: str = "") -> list[list[Completion]]:
         """`params.n` completions of each prompt, in the prompts' order; `progress` names a progress bar."""
-        rendered = [render_prompt(self.tokenizer, prompt) for prompt in prompts]
+        rendered = [self._rendered(prompt) for prompt in prompts]
         results: list[list[Completion]] = [[] for _ in prompts]
         alike: dict[tuple[int, ...], list[int]] = {}
         for i, r in enumerate(rendered):
@@ -86,17 +92,25 @@ class NativeBackend:
         return Completion(text, tuple(tokens[:used]), "stop" if reader.ended else "length",
                           None if logps is None else float(logps[:used].sum()))
 
-    def stream(self, prompt: Text, params: SamplingParams) -> Iterator[str]:
+    def _rendered(self, prompt: Text | Rendered) -> Rendered:
+        return prompt if isinstance(prompt, Rendered) else render_prompt(self.tokenizer, prompt)
+
+    def stream(self, prompt: Text | Rendered, params: SamplingParams) -> Generator[str, None, None]:
         """The text of one completion in pieces as they come; stop strings and unfinished characters never show."""
-        rendered = render_prompt(self.tokenizer, prompt)
+        rendered = self._rendered(prompt)
+        self.streamed, self.ended = [], False
         reader = _Reader(self.tokenizer, rendered.stops, params.stop)
         options: dict[str, Any] = {name: getattr(params, name) for name in DRAWING}
         seeds = None if params.seed is None else sampling.row_keys(params.seed, 1)
-        steps = self.wrapper.stream([torch.tensor(rendered.ids)], params.max_new_tokens, rendered.stops, seed=seeds, **options)
-        for step in steps:
-            yield reader.push(int(step))
-            if reader.ended:
-                break
+        steps = self.wrapper.stream([torch.tensor(rendered.ids)], params.max_new_tokens, rendered.stops, seed=seeds,
+                                    kept=self.kept, **options)
+        with contextlib.closing(steps):
+            for step in steps:
+                self.streamed.append(int(step))
+                text, self.ended = reader.push(int(step)), reader.ended
+                yield text
+                if reader.ended:
+                    break
         yield reader.flush()
 
 

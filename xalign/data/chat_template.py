@@ -77,18 +77,20 @@ def render(
     template: str | None = None,
     add_generation_prompt: bool = False,
     since: int = 0,
+    spell: bool = True,
 ) -> Rendered:
     """Render messages by the rule above; `template` defaults to the tokenizer's, then to `DEFAULT_TEMPLATE`.
 
     Raises `DataError`, one line, for a template that fails, and its kind `NotCut` for one that writes a turn differently
     once others follow it. Turns before message `since` (and with `add_generation_prompt` all) are then just not cut apart.
+    With `spell` False special tokens in a message are what they are called, not text.
     """
     template = template or tokenizer.chat_template or DEFAULT_TEMPLATE
     specials = tokenizer.special_tokens
     controls = {"bos_token": tokenizer.bos_token, "eos_token": tokenizer.eos_token, "pad_token": tokenizer.pad_token}
     named = tuple((name, text if text in specials else "") for name, text in controls.items())
     closer = _closer(template, named, tuple(specials))
-    compiled = _Conversation(template, messages, named, tuple(specials))
+    compiled = _Conversation(template, messages, named, tuple(specials), spell)
     text, spans = compiled.spans(add_generation_prompt, since)
     pieces: list[tuple[str, bool]] = []
     at, ended = 0, False
@@ -185,14 +187,15 @@ def render_completion(
 class _Conversation:
     """Messages with their special tokens disarmed, and the compiled template that writes them."""
 
-    def __init__(self, template: str, messages: Sequence[Message], named: Named, specials: tuple[str, ...]):
+    def __init__(self, template: str, messages: Sequence[Message], named: Named, specials: tuple[str, ...],
+                 spell: bool = True):
         self.template, self.named = template, named
         self.has_blocks = bool(re.search(r"{%[-+]?\s*generation\s*[-+]?%}", template))
         self.cut, disarm = _patterns(specials)
         self.messages = []
         for message in messages:
             escaped = re.sub(f"[{_MARKS}]", lambda mark: _ESCAPE + str(_MARKS.index(mark[0])), message.content)
-            self.messages.append((message.role, disarm.sub(rf"\1{_BREAK}", escaped)))
+            self.messages.append((message.role, disarm.sub(rf"\1{_BREAK}", escaped) if spell else escaped))
 
     def write(self, count: int, add_generation_prompt: bool) -> str:
         """Render the first `count` messages."""

@@ -1,7 +1,7 @@
 """`AutoregressiveWrapper`: the language-model loss, sampling, streaming and beam search around one decoder."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from xalign import sampling
 from xalign.drawing import Draw, Penalties
 from xalign.logprobs import scored_logprobs
+from xalign.nn.cache import Kept
 from xalign.nn.decoding import Decoding, Prompts, as_rows, evaluating, room
 from xalign.nn.engine import Engine, rounds
 from xalign.nn.linear import Packed
@@ -92,28 +93,34 @@ class AutoregressiveWrapper(nn.Module):
         return (tokens, logps) if return_logprobs else tokens
 
     def stream(self, prompts: Prompts, seq_len: int, eos_token: Ends = None, temperature: Number = 1.0, *,
-               num_samples: int = 1, **options: Any) -> Iterator[Tensor]:
+               num_samples: int = 1, kept: Kept | None = None, **options: Any) -> Generator[Tensor, None, None]:
         """The tokens of `generate`, one step at a time as they come, (b,) each; stacked they equal it.
 
-        Takes `generate`'s options except beams, `return_logprobs`, `batch_size`, `cache_tokens` and `progress`.
+        Takes `generate`'s options except beams, `return_logprobs`, `batch_size`, `cache_tokens` and `progress`. With `kept` a
+        single prompt goes on from the cache that the call before left there, and leaves its own.
         """
         for name in options.keys() & {"return_logprobs", "batch_size", "cache_tokens", "progress"}:
             raise TypeError(f"stream takes no {name}")
         single = isinstance(prompts, Tensor) and prompts.ndim == 1
-        run = self._engine(prompts, seq_len, eos_token, temperature, num_samples=num_samples, lockstep=True, **options)
+        run = self._engine(prompts, seq_len, eos_token, temperature, num_samples=num_samples, lockstep=True, kept=kept,
+                           **options)
         steps, seen = run.run(), None
-        while True:
-            # between two steps the reader has its own modes, and may train
-            with evaluating(self.net), torch.no_grad():
-                versions = [(id(p), 0 if p.is_inference() else p._version) for p in self.net.parameters()]
-                if versions != seen:
-                    packed, seen = Packed(self.net), versions
-                with packed:
-                    going = next(steps, self) is None
-                    newest = run.newest() if going else None
-            if newest is None:
-                return
-            yield self._shape(newest[:, None], single, num_samples)[..., 0]
+        try:
+            while True:
+                # between two steps the reader has its own modes, and may train
+                with evaluating(self.net), torch.no_grad():
+                    versions = [(id(p), 0 if p.is_inference() else p._version) for p in self.net.parameters()]
+                    if versions != seen:
+                        packed, seen = Packed(self.net), versions
+                    with packed:
+                        going = next(steps, self) is None
+                        newest = run.newest() if going else None
+                if newest is None:
+                    return
+                yield self._shape(newest[:, None], single, num_samples)[..., 0]
+        finally:
+            if kept is not None and hasattr(run, "state"):  # it has begun
+                run.state.save(kept)
 
     def _decoding(self) -> ExitStack:
         """The state in which the model decodes: eval mode, no gradients, packed weights."""
@@ -139,7 +146,7 @@ class AutoregressiveWrapper(nn.Module):
                 min_new_tokens: int = 0, num_samples: int = 1, stop: Sequence[Sequence[int]] | None = None,
                 seed: int | Tensor | None = None, generator: torch.Generator | None = None, return_logprobs: bool = False,
                 batch_size: int | None = None, cache_tokens: int | None = None, engine: str | None = None,
-                progress: Callable[[int], object] | None = None, lockstep: bool = False) -> Engine:
+                progress: Callable[[int], object] | None = None, lockstep: bool = False, kept: Kept | None = None) -> Engine:
         """`generate`'s options, checked, as an engine that is ready to run."""
         device = self.net.token_emb.weight.device
         rows = as_rows(prompts, prompt_lens, device)
@@ -153,6 +160,8 @@ class AutoregressiveWrapper(nn.Module):
                 if value.ndim and value.shape != (b,):
                     raise ValueError(f"{name} has shape {tuple(value.shape)}, allowed is a number or ({b},)")
                 per_row[name] = value.to(device).repeat_interleave(s) if value.ndim else value.to(device)
+        if kept is not None and (b * s != 1 or not cache_kv):
+            raise ValueError(f"kept goes with one row, cached: there are {b * s}, and cache_kv is {cache_kv}")
         stops = StopTokens(eos_token, stop, device)
         penalise = Penalties(self.net.num_tokens, device, stops.eos, logit_bias=logit_bias, bad_words=bad_words,
                              min_new_tokens=_whole("min_new_tokens", min_new_tokens, 0),
@@ -170,7 +179,8 @@ class AutoregressiveWrapper(nn.Module):
         plan = rounds([room(len(r), steps, s, self.max_seq_len) for r in rows],
                       None if batch_size is None else max(1, batch_size // s), cache_tokens)
         return Engine(self.net, rows, steps, plan, copies=s, cached=cache_kv, penalise=penalise, draw=draw, stops=stops,
-                      keys=keys, pad=self.pad_value, score=return_logprobs, mode=engine, lockstep=lockstep, progress=progress)
+                      keys=keys, pad=self.pad_value, score=return_logprobs, mode=engine, lockstep=lockstep, progress=progress,
+                      kept=kept)
 
     @staticmethod
     def _seed(seed: int | Tensor | None, generator: torch.Generator | None, device: torch.device) -> int | Tensor:

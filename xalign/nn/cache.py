@@ -144,3 +144,28 @@ class DecodeBuffer:
         self.far_keys, self.far_values = [t[groups] for t in self.far_keys], [t[groups] for t in self.far_values]
         self.lengths, self.far_lengths = self.lengths[rows], self.far_lengths[groups] if self.far_keys else self.far_lengths
         self.rows = self.rows[: len(rows)]
+
+
+class Kept:
+    """The cache of a text that grows from call to call, such as a conversation: what a new text begins with isn't run again.
+
+    It belongs to one model, whose weights stay as they are. Of the text that was run last `reused` tokens were known.
+    """
+
+    def __init__(self) -> None:
+        self.ids: list[int] = []
+        self.prefix = Prefix.empty()
+        self.reused = 0
+
+    def beginning(self, text: list[int]) -> Prefix:
+        """The cache of what a text, without its last token, has in common with the one before."""
+        alike = (i for i, (a, b) in enumerate(zip(text[:-1], self.ids, strict=False)) if a != b)
+        n = self.reused = next(alike, min(len(text) - 1, len(self.ids)))
+        return Prefix([k[:, :, :n] for k in self.prefix.keys], [v[:, :, :n] for v in self.prefix.values], None, n)
+
+    def take(self, text: Tensor, buffer: DecodeBuffer, dtype: torch.dtype) -> None:
+        """Hold what the first row of a buffer holds of its `text` (n,); keys and values in `dtype`, the model's own."""
+        n = int(buffer.lengths[0])
+        self.ids = text[:n].tolist()
+        keys, values = ([t[:1, :, :n].to(dtype) for t in ts] for ts in (buffer.keys, buffer.values))
+        self.prefix = Prefix(keys, values, None, n)

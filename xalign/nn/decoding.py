@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from xalign.nn.cache import DecodeBuffer, Prefix
+from xalign.nn.cache import DecodeBuffer, Kept, Prefix
 from xalign.nn.transformer import TransformerWrapper
 
 Prompts = Tensor | Sequence[Tensor]
@@ -78,7 +78,7 @@ class Decoding:
     """
 
     def __init__(self, net: TransformerWrapper, prompts: list[Tensor], steps: int, *, places: int | None = None,
-                 copies: int = 1, cached: bool = True, static: bool = False):
+                 copies: int = 1, cached: bool = True, static: bool = False, kept: Kept | None = None):
         self.net, self.copies, self.cached, self.static, self.size = net, copies, cached, static, net.max_seq_len
         device, self.given = prompts[0].device, [len(p) for p in prompts]
         self.places = len(prompts) if places is None else places
@@ -93,7 +93,7 @@ class Decoding:
         self.start, self.until = [0] * self.places, [self.size] * self.places
         if cached:
             net.check_ids(self.prompts)
-        self.common = self._common() if cached else None
+        self.common = kept.beginning(prompts[0].tolist()) if kept is not None else self._common() if cached else None
 
     def _common(self) -> Prefix | None:
         """The cache of what all prompts begin with, where that is worth a pass of its own and no window is cut."""
@@ -202,6 +202,11 @@ class Decoding:
         self.text.copy_(self.text[rows])
         if self.buffer is not None:
             self.buffer.reorder(rows)
+
+    def save(self, kept: Kept) -> None:
+        """Keep the cache of the one row's text for the next call, unless its window has moved."""
+        if self.buffer is not None and not self.start[0]:
+            kept.take(self.text[0], self.buffer, self.net.token_emb.weight.dtype)
 
     def keep(self, places: list[int]) -> None:
         """Drop all places but these."""

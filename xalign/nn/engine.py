@@ -7,6 +7,7 @@ from torch import Tensor
 
 from xalign.drawing import Draw, Penalties
 from xalign.errors import ConfigError
+from xalign.nn.cache import Kept
 from xalign.nn.decoding import Decoding, to_device
 from xalign.nn.transformer import TransformerWrapper
 from xalign.stopping import StopTokens
@@ -49,10 +50,10 @@ class Engine:
 
     def __init__(self, net: TransformerWrapper, prompts: list[Tensor], steps: int, plan: list[tuple[list[int], int]], *,
                  copies: int, cached: bool, penalise: Penalties, draw: Draw, stops: StopTokens, keys: Tensor, pad: int,
-                 score: bool, mode: str, lockstep: bool, progress: Callable[[int], object] | None):
+                 score: bool, mode: str, lockstep: bool, progress: Callable[[int], object] | None, kept: Kept | None = None):
         self.net, self.prompts, self.steps, self.plan, self.copies, self.cached = net, prompts, steps, plan, copies, cached
         self.penalise, self.draw, self.stops, self.keys, self.pad = penalise, draw, stops, keys, pad
-        self.score, self.mode, self.lockstep, self.progress = score, mode, lockstep, progress
+        self.score, self.mode, self.lockstep, self.progress, self.kept = score, mode, lockstep, progress, kept
         device, requests = keys.device, len(keys)
         self.tokens = torch.full((requests, steps), pad, dtype=torch.long, device=device)
         self.logps = torch.zeros(requests, steps, device=device)
@@ -77,7 +78,7 @@ class Engine:
     def begin(self, group: list[int], places: int) -> Callable[[], None]:
         """Set up the places of a round, of which nobody has taken one, and give what runs a step."""
         self.state = state = Decoding(self.net, [self.prompts[i] for i in group], self.steps, places=places, copies=self.copies,
-                                      cached=self.cached, static=self.mode != "eager")
+                                      cached=self.cached, static=self.mode != "eager", kept=self.kept)
         rows, device = places * self.copies, self.keys.device
         self.group, self.waiting = group, list(range(len(group)))[::-1]
         self.active: list[int] = []
