@@ -168,7 +168,8 @@ def side_by_side(parts: list[tuple[str, str, str]], width: int, paint: Paint) ->
     room = (width - 3 * (several - 1)) // several
     blocks = []
     for head, text, foot in parts:
-        block = [(line, ["bold"]) for line in wrapped(head, room)] + [(line, []) for line in wrapped(text.strip("\n"), room)]
+        head = head if cells(head) <= room else f"{head[:4]}…{head[5 - room :]}"  # a path's end tells more
+        block = [(head, ["bold"])] + [(line, []) for line in wrapped(text.strip("\n"), room)]
         blocks.append(block + ([(foot, ["dim"])] if foot else []))
     if several == 1:
         return [paint(line, *style) for block in blocks for line, style in block]

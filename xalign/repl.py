@@ -128,6 +128,8 @@ class Repl:
             replies = ask([self.show if alone else self.tick] * len(session.speakers), halted)
         if alone:
             print(flush=True)
+        if replies[-1].finish == "stopped" and not self.console.person:
+            raise KeyboardInterrupt
         if session.hidden > hidden:
             many = sum(m.role == "user" for m in session.messages[hidden : session.hidden])
             left = sum(m.role == "user" for m in session.messages[: session.hidden])
@@ -268,7 +270,9 @@ def as_setting(name: str, value: str) -> Any:
     hint = str(get_type_hints(SamplingParams)[name])
     if name == "stop":
         try:
-            return () if value == "none" else tuple(s.replace("\\n", "\n") for s in shlex.split(value))
+            words = shlex.shlex(value, posix=True, punctuation_chars=False)
+            words.whitespace_split, words.escape, words.commenters = True, "", ""
+            return () if value == "none" else tuple(s.replace("\\n", "\n") for s in words)
         except ValueError as error:
             raise ConfigError(f"/set stop {value}: {error}, allowed are words, each in quotes where it has blanks") from None
     if value == "none" and "None" in hint:
@@ -311,8 +315,8 @@ def opened(config: GenerateConfig) -> Session:
         if template.count("{}") != 1:
             raise ConfigError(f"--input-template is {template!r}, allowed is a text with {{}} once, where the message goes")
         if "\\n" in template:
-            say("warning: --input-template holds a backslash and an n, which is what the model sees; in bash a line end is written "
-                "$'User: {}\\nAssistant: '")
+            say("warning: --input-template holds a backslash and an n, which is what the model sees; in bash a line end is "
+                "written $'User: {}\\nAssistant: '")
     if options.prompts is not None or options.json:
         raise ConfigError(f"{'--json' if options.json else '--prompts'} doesn't go with --interactive or --compare")
     params = SamplingParams(**{name: getattr(draw, name) for name in SamplingParams.__dataclass_fields__})
@@ -325,7 +329,7 @@ def opened(config: GenerateConfig) -> Session:
                 raise ConfigError(f"--compare: {options.model} has no reference beside it, allowed is a model's folder or name")
         name = other + " without adapter" * (other == options.model and options.adapter is not None)
         speakers.append(Speaker(load_native(other, options, draw, None), name))
-    if options.chat and not speakers[0].backend.tokenizer.chat_template:
+    if options.chat and speakers[0].native and not speakers[0].backend.tokenizer.chat_template:
         say(f"{options.model} has no chat template: xalign's own is used")
     return Session(speakers, params, template=template, system=options.system, spell=not talk.allow_special_tokens,
                    beta=talk.beta, picks=talk.picks)
