@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,9 +23,12 @@ from xalign.backends.base import SamplingParams
 from xalign.backends.native import NativeBackend
 from xalign.config import PromptOptions, SamplingOptions
 from xalign.data.chat_template import Rendered, render
+from xalign.data.collate import encode_pair
 from xalign.data.records import Message, PreferencePair, Text
+from xalign.data.sources import iter_pairs
 from xalign.disk import write_atomically, writing
 from xalign.errors import ConfigError, DataError
+from xalign.evaluation.metrics import Estimate, perplexity
 from xalign.nn.cache import Kept
 from xalign.nn.decoding import evaluating
 from xalign.nn.lora import merge
@@ -310,6 +314,18 @@ class Session:
         with evaluating(speaker.net):
             logps, scored = logprobs.scored_logprobs(speaker.net, tokens, torch.tensor([shown.loss_mask])[:, : tokens.shape[1]])
         return float((-logps.masked_fill(~scored, 0).sum() / scored.sum()).exp())
+
+
+def held_out_perplexity(speaker: Speaker, path: str, limit: int = 200) -> tuple[Estimate, int]:
+    """Perplexity of the completions of a file's preference pairs, at most `limit` that fit the window, and of how many."""
+    if not speaker.native:
+        raise ConfigError(f"{speaker.name} is no model of ours, only theirs tells log-probabilities")
+    tokenizer, window = speaker.backend.tokenizer, speaker.net.max_seq_len
+    pairs = [encode_pair(pair, tokenizer) for pair in islice(iter_pairs(Path(path)), limit)]
+    fitting = [p for p in pairs if len(p.prompt) + max(len(p.chosen), len(p.rejected)) <= window]
+    if not fitting:
+        raise DataError(f"{path}: no pair that fits {window} tokens")
+    return perplexity(speaker.net, fitting, tokenizer.pad_id), len(fitting)
 
 
 def as_jinja(template: str) -> str:

@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Any, get_type_hints
 
 from xalign.backends.base import SamplingParams
-from xalign.chat import INPUT_TEMPLATE, Reply, Session, Speaker, load_native
+from xalign.chat import INPUT_TEMPLATE, Reply, Session, Speaker, held_out_perplexity, load_native
 from xalign.config import GenerateConfig
 from xalign.console import Console, columns, side_by_side, table
 from xalign.display import Paint
@@ -28,7 +28,8 @@ from xalign.stages import parameter_count, quantised
 SETTINGS = [f.name for f in fields(SamplingParams) if f.name != "n"]
 HELP = {
     "/set NAME VALUE": "change a setting: " + ", ".join(SETTINGS) + "; system; `/set greedy`",
-    "/show": "model, settings, and how full the context is; `/show history` the conversation",
+    "/show": "model, settings, and how full the context is; `/show history` the conversation; "
+             "`/show perplexity FILE` of its preference pairs",
     "/system TEXT": "change the system turn; `none` takes it away",
     "/clear": "forget the conversation (also: clear)",
     "/save FILE": "write the conversation",
@@ -188,8 +189,14 @@ class Repl:
                 print(f"{self.paint(message.role + ':', 'cyan')} ", end="")
                 self.show(message.content + "\n")
             return
+        if rest.startswith("perplexity "):
+            path = str(Path(rest.partition(" ")[2].strip()).expanduser())
+            for speaker in session.speakers:
+                figure, count = held_out_perplexity(speaker, path)
+                table([(speaker.name, f"perplexity {figure} of the completions of {count} pairs")])
+            return
         if rest:
-            raise ConfigError(f"/show {rest}: allowed are nothing and history")
+            raise ConfigError(f"/show {rest}: allowed are nothing, history and perplexity FILE")
         rows = [("model", first.name)]
         if first.native:
             rows += described(first)
