@@ -81,7 +81,7 @@ class Repl:
 
     def __init__(self, session: Session, console: Console):
         self.session, self.console, self.paint = session, console, Paint("auto")
-        self.started = session.system
+        self.ticks = 0  # pieces of the replies that are being written
 
     def run(self) -> None:
         """Until the end of the input, /bye, or, of a script, the first mistake: `ConfigError` with its line."""
@@ -124,11 +124,13 @@ class Repl:
     def answer(self, ask: Callable[..., list[Reply]]) -> None:
         """Have the message answered, as it comes or side by side."""
         session, hidden = self.session, self.session.hidden
-        alone = len(session.speakers) == 1
+        alone, self.ticks = len(session.speakers) == 1, 0
         with Halt(self.console.person, not all(s.native for s in session.speakers)) as halted:
             replies = ask([self.show if alone else self.tick] * len(session.speakers), halted)
         if alone:
             print(flush=True)
+        elif self.ticks:
+            print("\r" + " " * 20 + "\r", end="", flush=True, file=sys.stderr)
         if replies[-1].finish == "stopped" and not self.console.person:
             raise KeyboardInterrupt
         if session.hidden > hidden:
@@ -153,12 +155,11 @@ class Repl:
     def tick(self, piece: str) -> None:
         """A sign of life while replies are written that are shown together."""
         if self.console.person:
-            print(".", end="", flush=True, file=sys.stderr)
+            self.ticks += 1
+            print(f"\r({self.ticks} pieces)", end="", flush=True, file=sys.stderr)
 
     def compared(self, replies: list[Reply]) -> None:
         """Two replies side by side, or on a narrow terminal one under the other, each with its log-ratio."""
-        if self.console.person:
-            print(file=sys.stderr)
         ratios = self.session.log_ratios() if len(replies) == 2 else None
         heads = [f"{letter}: {speaker.name}" for letter, speaker in zip("AB", self.session.speakers, strict=True)]
         feet = [f"log-ratio {ratio:+.3f}" for ratio in ratios] if ratios else ["", ""]
@@ -263,7 +264,7 @@ class Repl:
                 rows += [("prompt", f"{reply.prompt} tokens, {reply.reused} of them in the cache"),
                          ("cache", f"{len(kept.ids)} of {speaker.net.max_seq_len} tokens, {size:.1f} MB")]
             table(rows)
-        table([("in all", f"{session.turns} replies, {session.spoken} tokens")])
+        table([("in all", f"{session.turns} {'reply' if session.turns == 1 else 'replies'}, {session.spoken} tokens")])
 
     def do_help(self, rest: str) -> None:
         table(list(HELP.items()))
@@ -330,7 +331,7 @@ def opened(config: GenerateConfig) -> Session:
     speakers = [Speaker(load_native(options.model, options, draw, options.adapter), options.model)]
     if talk.compare is not None:
         other = talk.compare
-        if other == "reference" and not Path(other).is_dir():
+        if other == "reference":
             other = options.model if options.adapter else str(Path(options.model).parent / "reference")
             if not options.adapter and not Path(other).is_dir():
                 raise ConfigError(f"--compare: {options.model} has no reference beside it, allowed is a model's folder or name")
