@@ -95,6 +95,8 @@ class Repl:
                 self.take(text, literal)
             except Leave:
                 return
+            except BrokenPipeError:
+                raise
             except KeyboardInterrupt:
                 if not self.console.person:
                     raise
