@@ -159,7 +159,7 @@ class Session:
         self.prompts = prompts
         first = self.replies[0]
         self.turns, self.spoken = self.turns + 1, self.spoken + sum(r.tokens for r in self.replies)
-        self.open = len(self.replies) == 2
+        self.open = len(self.replies) == 2 and all(r.finish != "stopped" for r in self.replies)
         if first.finish == "stopped" and not first.text:
             self.messages.pop()
         else:
