@@ -362,7 +362,7 @@ def terminal(models: Path, tmp_path: Path, *arguments, columns=80, **environment
 
 
 def test_a_terminal(models, tmp_path):
-    child = terminal(models, tmp_path, "--chat", "--max-new-tokens", 3000, "--min-new-tokens", 3000, NO_COLOR="1")
+    child = terminal(models, tmp_path, "--chat", "--seed", 1, "--max-new-tokens", 3000, "--min-new-tokens", 3000, NO_COLOR="1")
     child.sendline("a first message")
     child.expect("a first message\r\n.")
     time.sleep(0.5)
@@ -401,7 +401,7 @@ def test_a_terminal(models, tmp_path):
     assert child.exitstatus == 0
     assert (tmp_path / "xalign/history").stat().st_mode & 0o777 == 0o600
 
-    child = terminal(models, tmp_path, "--chat", "--compare", "--max-new-tokens", 30, columns=40)
+    child = terminal(models, tmp_path, "--chat", "--seed", 1, "--compare", "--max-new-tokens", 30, columns=40)
     child.send("\x10")  # the line before
     child.expect("/stats")
     child.send("\x15")
