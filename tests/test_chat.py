@@ -358,6 +358,7 @@ def terminal(models: Path, tmp_path: Path, *arguments, columns=80, **environment
                           env=os.environ | {"XDG_STATE_HOME": str(tmp_path), "TERM": "xterm", "OMP_NUM_THREADS": "1",
                                             "PYTHONPATH": str(ROOT), "PYTHONUTF8": "1"} | environment)
     child.expect(">>> ")
+    child.delaybeforesend = 0.2  # readline must have taken the terminal before a control character comes
     return child
 
 
