@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from xalign.backends.base import SamplingParams
-from xalign.backends.native import NativeBackend
+from xalign.backends.opening import as_spec
+from xalign.backends.opening import open as open_backend
 from xalign.data.sources import column_names
 from xalign.disk import write_atomically
 from xalign.errors import ConfigError
@@ -20,7 +21,6 @@ from xalign.runs import RunFolder, strict
 from xalign.score import SUMMARY, chunked, claim, load, texts_cut
 from xalign.score_config import BenchOptions, RewardBenchConfig, ScorerOptions
 from xalign.scoring import Scorer
-from xalign.stages import choose_device, load_model
 
 RESULTS, REPORT = "rows.jsonl", "report.md"
 FOLDERS = {"1": "", "prior": "pref-sets", "2": "rewardbench2"}
@@ -82,10 +82,12 @@ class _Judged:
     chat = True
 
     def __init__(self, options: BenchOptions, scorer: ScorerOptions):
-        model, tokenizer = load_model(str(options.judge), scorer.dtype, choose_device(scorer.device))
+        spec = as_spec(str(options.judge))
+        if spec["backend"] in ("native", "transformers"):
+            spec |= {"batch_size": scorer.batch_size, "dtype": scorer.dtype, "device": scorer.device}
         self.scorer = None
-        self.judge = Judge(NativeBackend(model, tokenizer, scorer.batch_size),
-                           SamplingParams(temperature=0, max_new_tokens=options.judge_max_new_tokens), options.seed)
+        self.judge = Judge(open_backend(spec), SamplingParams(temperature=0, max_new_tokens=options.judge_max_new_tokens),
+                           options.seed)
 
     def __call__(self, rows: list[BenchRow]) -> list[dict[str, Any]]:
         return judged(self.judge, rows)

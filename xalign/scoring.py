@@ -91,7 +91,13 @@ class GoldScorer:
         found = []
         for prompt, response in checked(prompts, responses):
             told = prompt if isinstance(prompt, str) else " ".join(m.content for m in prompt)
-            told, response = toyworld.split_document(told) if response is None else (told, response)
+            if response is None:
+                try:
+                    told, response = toyworld.split_document(told)
+                except ValueError as error:
+                    raise DataError(str(error)) from None
+            if toyworld.read_prompt(told) is None:
+                raise DataError(f"the gold reward knows only the toy world's prompts, not {told!r:.80}")
             found.append(toyworld.gold_reward(told, response))
         return torch.tensor(found, dtype=torch.float32)
 
