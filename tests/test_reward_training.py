@@ -13,6 +13,7 @@ from conftest import LLAMA, tiny
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from test_distributed import run, torchrun
 
 from xalign import RewardModel, losses, save_pretrained
 from xalign.cli import main
@@ -370,9 +371,8 @@ def test_mistakes_are_one_line(tmp_path, capsys, arguments, message):
 def test_two_processes_equal_one_with_twice_the_batch(flags, tmp_path, parallel):
     one = [*flags, "--batch-size", 4, "--output-dir", tmp_path / "one"]
     assert call(*one) == 0
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "-m", "xalign",
-               "reward", *map(str, flags), "--batch-size", "2", "--parallel", parallel, "--output-dir", str(tmp_path / "two")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=ENVIRONMENT, timeout=200)
+    two = ["-m", "xalign", "reward", *map(str, flags), "--batch-size", "2", "--parallel", parallel]
+    done = run(*torchrun(*two, "--output-dir", str(tmp_path / "two")))
     assert done.returncode == 0, done.stderr[-3000:]
     one, two = (load_file(tmp_path / name / "reward/model.safetensors") for name in ("one", "two"))
     for key in one:
