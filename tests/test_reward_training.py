@@ -358,6 +358,7 @@ def test_conversations_from_scratch(tmp_path, capsys):
     (["--dataset", "nowhere.jsonl"], "nowhere.jsonl"),
     (["--dataset-weights", "1", "2"], "--dataset-weights has 2 numbers for 1 files"),
     (["--load-in-4bit"], "without --lora-r"),
+    (["--value-head-prefix", "x"], "--value-head-prefix x goes with a --model that is a reward model"),
     (["--beta", "1"], "unknown flag --beta"),
 ])
 def test_mistakes_are_one_line(tmp_path, capsys, arguments, message):
