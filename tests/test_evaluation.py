@@ -29,7 +29,7 @@ from xalign.evaluation.metrics import (
     perplexity,
     wins,
 )
-from xalign.evaluation.report import _prose, write_report
+from xalign.evaluation.report import prose, write_report
 from xalign.objectives import Preference
 from xalign.tokenizers import ByteTokenizer
 
@@ -367,7 +367,7 @@ def test_evaluation_json_is_strict(tmp_path):
 def test_samples_can_not_become_markdown_of_ours(text):
     import re
 
-    line = _prose(text)
+    line = prose(text)
     assert "\n" not in line and "\r" not in line and "\u2028" not in line
     assert not re.search(r"(?<!\\)(\\\\)*[`*_\[\]<>|#~$&]", line), "an unescaped mark"
     assert "http://" not in line and "www." not in line
@@ -376,5 +376,5 @@ def test_samples_can_not_become_markdown_of_ours(text):
 
 
 def test_messages_become_one_line():
-    assert _prose((Message("user", "a\nb"), Message("assistant", "*c*"))) == r"[user] a b [assistant] \*c\*".replace(
+    assert prose((Message("user", "a\nb"), Message("assistant", "*c*"))) == r"[user] a b [assistant] \*c\*".replace(
         "[", r"\[").replace("]", r"\]")
