@@ -20,7 +20,7 @@ from xalign.collect import from_json
 from xalign.collect_config import AnnotateConfig
 from xalign.data.files import raw_records
 from xalign.data.records import Message, Text
-from xalign.errors import ConfigError, DataError
+from xalign.errors import DataError
 from xalign.journal import Journal, claimed, write_lines
 from xalign.judge import (
     ASPECTS,
@@ -97,7 +97,8 @@ def score_rows(scorer: Scorer, rows: Sequence[Record], missing: Sequence[int], j
         if scorer.chat:  # it has a chat template: a question is a user's message, a continued text isn't
             prompts = [(Message("user", p),) if isinstance(p, str) and rows[row].get("text") is not True else p
                        for p, (row, _) in zip(prompts, asked, strict=True)]
-        found = scorer.score(prompts, [rows[row]["completions"][i]["response"] for row, i in asked]) if asked else []
+        replies = [rows[row]["completions"][i]["response"] for row, i in asked]
+        found = scorer.score(prompts, replies).tolist() if asked else []
         scores = {pair: float(value) for pair, value in zip(asked, found, strict=True)}
         for row in group:
             journal.add(row, 0, False, {"overall": [scores.get((row, i)) for i in range(len(rows[row]["completions"]))]})
