@@ -232,7 +232,8 @@ def draw(folder: Path, tally: Tally) -> list[tuple[str, str]]:
     for y, row in enumerate(table):
         for x, value in enumerate(row):
             if value == value:
-                axis.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=8)
+                axis.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=8,
+                          color="white" if abs(value - 0.5) > 0.3 else "black")
     axis.set(xticks=range(len(models)), yticks=range(len(models)), title="wins of the row over the column")
     axis.set_xticklabels([m[:20] for m in models], rotation=45, ha="right")
     axis.set_yticklabels([m[:20] for m in models])
