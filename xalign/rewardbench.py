@@ -12,7 +12,7 @@ from xalign.backends.opening import as_spec
 from xalign.backends.opening import open as open_backend
 from xalign.data.sources import column_names
 from xalign.disk import write_atomically
-from xalign.errors import ConfigError
+from xalign.errors import ConfigError, DataError
 from xalign.evaluation import rewardbench as bench
 from xalign.evaluation.judge import Judge
 from xalign.evaluation.rewardbench import PRIOR, PRIOR_SETS, PUBLISHED, ROWS, SECTIONS, SUBSETS_2, BenchRow, as_messages
@@ -119,9 +119,12 @@ def _summary(rows: Sequence[BenchRow], found: Sequence[Mapping[str, Any]]) -> di
     sections = bench.section_scores(subsets.get("1", {}))
     prior = bench.prior_score(subsets.get("prior", {}))
     whole = sections | ({} if prior is None else {PRIOR: prior})
+    lost = sum(score is None or not math.isfinite(score) for row in found for score in row["scores"] or [])
+    if lost and lost == sum(len(row["scores"] or []) for row in found):
+        raise DataError("not one score is a finite number, allowed is a model that gives some")
     unread = sum(row["scores"] is None and row["result"] not in (0, 1) for row in found)
-    return {"rows": len(rows), "no_verdict": unread, "subsets": subsets, "sections": whole, "overall": bench.overall(whole),
-            "overall_2": bench.overall_2(subsets.get("2", {}))}
+    return {"rows": len(rows), "no_verdict": unread, "not_finite": lost, "subsets": subsets, "sections": whole,
+            "overall": bench.overall(whole), "overall_2": bench.overall_2(subsets.get("2", {}))}
 
 
 def official(rows: Sequence[BenchRow], found: Sequence[Mapping[str, Any]], subsets: Mapping[str, Mapping[str, float]],
@@ -195,6 +198,8 @@ def _report(name: str, rows: Sequence[BenchRow], summary: Mapping[str, Any]) -> 
     parts += ["## Subsets", "\n".join(lines)]
     if summary["no_verdict"]:
         parts.append(f"{summary['no_verdict']:,} judgements held no verdict: each counts as a draw.")
+    if summary["not_finite"]:
+        parts.append(f"{summary['not_finite']:,} scores were no finite number: their rows are lost.")
     if summary["texts_cut"]:
         parts.append(f"{summary['texts_cut']:,} texts were longer than the limit and were cut.")
     return "\n\n".join(parts) + "\n"

@@ -77,8 +77,7 @@ def learn(config: RewardConfig, run: RunFolder, data: Split[PreferencePair], exa
     distributed.leave_to_first()
     forget(run, "tokens", "tokens-sft")
     model = objective.model = plain(config, run, model, device)
-    with autocast(device, config.training.bf16):
-        result = judge(objective, held_out, eval_rows, tokenizer.pad_id, is_toy(p.prompt for p in held_out))
+    result = judge(objective, held_out, eval_rows, tokenizer.pad_id, is_toy(p.prompt for p in held_out))  # as `score` computes
     model.mean, model.std = result.numbers["mean"], max(result.numbers["std"], 1e-8)
     model.normalize_reward = config.reward.normalize_reward
     save_pretrained(model, run.path / "reward", tokenizer)
