@@ -382,13 +382,13 @@ def test_two_processes_equal_one_with_twice_the_batch(flags, tmp_path, parallel)
 
 @pytest.mark.slow
 def test_the_toy_worlds_gold_reward_is_learnt_in_part(tmp_path):
-    """A tenth of data/reward.json's imitation and a third of its pairs' epochs: docs/reward.md has the figures of all of it."""
-    arguments = ["--config", ROOT / "data/reward.json", "--sft-epochs", 0.25, "--num-train-epochs", 1, "--save-steps", 0,
+    """With a twentieth of data/reward.json's imitation and a fifth of its epochs; docs/reward.md has the whole's figures."""
+    arguments = ["--config", ROOT / "data/reward.json", "--sft-epochs", 0.1, "--num-train-epochs", 0.6, "--save-steps", 0,
                  "--eval-steps", 0, "--output-dir", tmp_path / "run"]
     assert call(*arguments) == 0
     numbers = numbers_of(tmp_path / "run")
     assert numbers["pairs"] == 500 and 0.85 < numbers["accuracy_limit"] < 0.89
-    assert numbers["accuracy_expected"] > 0.6 and numbers["spearman_gold"] > 0.3 and abs(numbers["spearman_length"]) < 0.25
+    assert numbers["accuracy_expected"] > 0.7 and numbers["spearman_gold"] > 0.7 and abs(numbers["spearman_length"]) < 0.25
     assert numbers["accuracy_expected"] <= numbers["accuracy_limit"] and numbers["loss"] < math.log(2)
 
 
