@@ -160,27 +160,6 @@ def test_completions_are_told_as_they_end(native):
     assert sorted(order) == list(range(len(PROMPTS)))
 
 
-@pytest.mark.slow
-def test_all_prompts_at_once_are_faster_than_one_by_one(tmp_path):
-    """256 prompts by the native engine: at least five times as fast as one after the other (ratio of medians of three)."""
-    backend = backends.open({"backend": "native", "model": make_folder(tmp_path / "m"), "batch_size": 256})
-    prompts = [f"prompt {i}" for i in range(256)]
-    params = SamplingParams(max_new_tokens=16, min_new_tokens=16, seed=0)
-    backend.generate(prompts[:4], params)
-
-    def seconds(run) -> float:
-        began = time.perf_counter()
-        run()
-        return time.perf_counter() - began
-
-    rows = backend.generate(prompts, params)
-    assert len({row[0].text for row in rows}) > 250
-    together = sorted(seconds(lambda: backend.generate(prompts, params)) for _ in range(3))[1]
-    apart = sorted(seconds(lambda: [backend.generate([p], params) for p in prompts[:32]]) for _ in range(3))[1] * 8
-    print(f"256 prompts: {together:.2f} s together, {apart:.2f} s one by one, {apart / together:.1f} times")
-    assert apart > 5 * together
-
-
 # -- formats and what is made of a text -----------------------------------------------------------------------------
 
 
