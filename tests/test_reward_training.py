@@ -382,7 +382,7 @@ def test_two_processes_equal_one_with_twice_the_batch(flags, tmp_path, parallel)
 
 @pytest.mark.slow
 def test_the_toy_worlds_gold_reward_is_learnt_in_part(tmp_path):
-    """With a twentieth of data/reward.json's imitation and a fifth of its epochs; docs/reward.md has the whole's figures."""
+    """With a fifth of data/reward.json's imitation and a fifth of its epochs; docs/reward.md has the whole's figures."""
     arguments = ["--config", ROOT / "data/reward.json", "--sft-epochs", 0.1, "--num-train-epochs", 0.6, "--save-steps", 0,
                  "--eval-steps", 0, "--output-dir", tmp_path / "run"]
     assert call(*arguments) == 0
