@@ -10,14 +10,17 @@ EXTRAS = {
     "hf": ["tokenizers>=0.20", "huggingface_hub>=0.26"],
     "parquet": ["pyarrow>=15"],
     "serve": ["starlette>=0.40", "uvicorn>=0.30"],
+    "openai": ["openai>=1.98"],
+    "transformers": ["transformers>=4.57"],
     "4bit": ["bitsandbytes>=0.46"],
     # peers that the tests compare with, and the tools that check the code
     "dev": [
         "hypothesis>=6.100", "mypy>=1.10", "pexpect>=4.9", "pytest>=8", "pytest-xdist>=3.6", "ruff>=0.6", "scipy>=1.11",
         "peft>=0.15", "transformers>=4.57", "trl>=0.20", "x-transformers>=2.3",
+        "fastapi>=0.115", "uvicorn>=0.30",  # what `transformers serve` runs on
     ],
 }
-EXTRAS["dev"] += EXTRAS["hf"] + EXTRAS["parquet"] + EXTRAS["serve"]
+EXTRAS["dev"] += [package for extra in ("hf", "parquet", "serve", "openai", "yaml") for package in EXTRAS[extra]]
 
 setup(
     name="xalign",

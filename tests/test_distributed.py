@@ -299,7 +299,9 @@ def undisturbed(toy) -> Path:
 def disturbed(toy: Path, folder: Path, rank: int, count: int, what: str,
               flags: tuple[str, ...] = NOISY) -> subprocess.CompletedProcess:
     (toy / "deadly.py").write_text(DEADLY)
-    done = run(*torchrun(str(toy / "deadly.py"), str(rank), str(count), what, *dpo(toy, folder, *flags)[1:]))
+    command = torchrun(str(toy / "deadly.py"), str(rank), str(count), what, *dpo(toy, folder, *flags)[1:])
+    # torchrun looks every 2 seconds: 10 times a second, on a busy machine, it ends the others before they see a death
+    done = run(*command[:3], "--monitor-interval", "2", *command[3:])
     assert done.returncode != 0 and not (folder / "report.md").exists()
     return done
 

@@ -827,7 +827,7 @@ def test_prompts_with_stops_of_their_own():
     backend = NativeBackend(model, tokenizer, batch_size=2)
     params = SamplingParams(max_new_tokens=40, seed=3, n=2)
 
-    def rendered(_, text):
+    def rendered(_, text, template=None):
         return mock.Mock(ids=[1 + len(text), 7], stops={len(text) % 3, 250 + len(text) % 2})
 
     with mock.patch("xalign.backends.native.render_prompt", rendered):

@@ -63,11 +63,23 @@ FLOORS = [
     "inspection",
     "prepare",
     "stages reference adapters",
+    "formats",
+    "backends.text",
+    "backends.dialects",
+    "backends.transformers backends.vllm backends.openai",
+    "backends.opening",
+    "principles journal",
+    "plan",
+    "collect_config",
+    "collect",
+    "judge",
+    "annotate",
+    "binarize",
     "memory",
     "rehearsal",
     "train",
     "train_reward",
-    "chat console",
+    "loading chat console",
     "repl",
     "complete",
     "serve",
@@ -142,7 +154,8 @@ def test_every_public_name_is_there():
 
 @pytest.mark.parametrize("arguments", ["dpo --help", "sft --help", "generate --help", "--help", "--version", "nonsense",
                                        "dpo --bata 1", "dpo --print-config", "data inspect --help", "score --help",
-                                       "rewardbench --help", "reward --help", "chat --help"])
+                                       "rewardbench --help", "reward --help", "collect --help", "annotate --help",
+                                       "binarize --help", "chat --help"])
 def test_help_and_mistakes_load_nothing_heavy(arguments):
     code = ("import sys\nfrom xalign.cli import main\ntry: main(sys.argv[1:])\nexcept SystemExit: pass\n"
             f"loaded = [m for m in {HEAVY} if m in sys.modules]\nassert not loaded, loaded")
@@ -176,4 +189,4 @@ def code_lines(path: Path) -> int:
 def test_the_core_is_small_enough_to_hold_in_mind():
     """Up to and including the engine floor; the programs stand on top, and the embedded world is a dataset (docs/design.md)."""
     core = [p for m, p in modules().items() if FLOOR[m] < FLOOR["evaluation.metrics"] and not m.startswith("data.toy")]
-    assert 1000 < sum(code_lines(p) for p in core) < 6600
+    assert 1000 < sum(code_lines(p) for p in core) < 6700

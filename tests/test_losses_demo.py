@@ -9,7 +9,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 from demo_losses import ROOT, SETTINGS, align, head, line, make_reference
 
 DOCS = ROOT / "docs/losses.md"
-SHORTER = {"num_train_epochs": 0.5, "eval_prompts": 80, "eval_samples": 2}  # than the table's, to take seconds a loss
+SHORTER = {"num_train_epochs": 0.4, "eval_prompts": 120, "eval_samples": 2}  # than the table's, to take seconds a loss
 
 
 @pytest.fixture(scope="module")

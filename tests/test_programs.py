@@ -746,7 +746,7 @@ def test_output_folders_in_use(finished, toy, tmp_path, capsys):
     before = snapshot(run)
     options = ["--config", toy / "tiny.json", "--output-dir"]
     assert "was made with beta = None, now it is 0.3" in refused(capsys, "dpo", *options, run, "--beta", 0.3)
-    assert "was made with " in refused(capsys, "sft", "--output-dir", run, "--max-steps", 1)
+    assert "holds a run of dpo" in refused(capsys, "sft", "--output-dir", run, "--max-steps", 1)
     assert "holds files but no run" in refused(capsys, "dpo", *options, run / "policy", "--overwrite")
     assert "holds files but no run" in refused(capsys, "dpo", *options, toy, "--overwrite")
     assert "there is no run in" in refused(capsys, "dpo", *options, tmp_path / "new", "--resume")

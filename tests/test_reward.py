@@ -350,3 +350,11 @@ def test_a_reward_model_is_no_language_model(tmp_path):
     model.save_pretrained(tmp_path / "run/reward")
     with pytest.raises(CheckpointError, match=r"is a run's folder, allowed is a model's: .*reward"):
         RewardModel.from_pretrained(tmp_path / "run")
+
+
+def test_equal_texts_have_equal_rewards_in_any_batch():
+    model = RewardModel(tiny(num_tokens=300, max_seq_len=64), ByteTokenizer())
+    texts = ["a" * (i % 7 + 1) for i in range(33)]
+    for size in (1, 3, 5, 7, 64):
+        found = model.score(["p"] * 33, texts, batch_size=size)
+        assert len(set(found.tolist())) == 7

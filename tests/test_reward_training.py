@@ -13,6 +13,7 @@ from conftest import LLAMA, tiny
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from test_distributed import run, torchrun
 
 from xalign import RewardModel, losses, save_pretrained
 from xalign.cli import main
@@ -357,6 +358,7 @@ def test_conversations_from_scratch(tmp_path, capsys):
     (["--dataset", "nowhere.jsonl"], "nowhere.jsonl"),
     (["--dataset-weights", "1", "2"], "--dataset-weights has 2 numbers for 1 files"),
     (["--load-in-4bit"], "without --lora-r"),
+    (["--value-head-prefix", "x"], "--value-head-prefix x goes with a --model that is a reward model"),
     (["--beta", "1"], "unknown flag --beta"),
 ])
 def test_mistakes_are_one_line(tmp_path, capsys, arguments, message):
@@ -370,13 +372,24 @@ def test_mistakes_are_one_line(tmp_path, capsys, arguments, message):
 def test_two_processes_equal_one_with_twice_the_batch(flags, tmp_path, parallel):
     one = [*flags, "--batch-size", 4, "--output-dir", tmp_path / "one"]
     assert call(*one) == 0
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "-m", "xalign",
-               "reward", *map(str, flags), "--batch-size", "2", "--parallel", parallel, "--output-dir", str(tmp_path / "two")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=ENVIRONMENT, timeout=200)
+    two = ["-m", "xalign", "reward", *map(str, flags), "--batch-size", "2", "--parallel", parallel]
+    done = run(*torchrun(*two, "--output-dir", str(tmp_path / "two")))
     assert done.returncode == 0, done.stderr[-3000:]
     one, two = (load_file(tmp_path / name / "reward/model.safetensors") for name in ("one", "two"))
     for key in one:
         torch.testing.assert_close(one[key], two[key], atol=2e-4, rtol=1e-3)
+
+
+@pytest.mark.slow
+def test_the_toy_worlds_gold_reward_is_learnt_in_part(tmp_path):
+    """With a fifth of data/reward.json's imitation and a fifth of its epochs; docs/reward.md has the whole's figures."""
+    arguments = ["--config", ROOT / "data/reward.json", "--sft-epochs", 0.1, "--num-train-epochs", 0.6, "--save-steps", 0,
+                 "--eval-steps", 0, "--output-dir", tmp_path / "run"]
+    assert call(*arguments) == 0
+    numbers = numbers_of(tmp_path / "run")
+    assert numbers["pairs"] == 500 and 0.85 < numbers["accuracy_limit"] < 0.89
+    assert numbers["accuracy_expected"] > 0.7 and numbers["spearman_gold"] > 0.7 and abs(numbers["spearman_length"]) < 0.25
+    assert numbers["accuracy_expected"] <= numbers["accuracy_limit"] and numbers["loss"] < math.log(2)
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ from conftest import LLAMA, tiny
 from xalign import save_pretrained
 from xalign.backends.base import Completion, SamplingParams
 from xalign.cli import main
+from xalign.data import toyworld
 from xalign.data.records import Message
 from xalign.errors import DataError
 from xalign.evaluation.judge import Judge, rating, verdict
@@ -286,17 +287,19 @@ def test_2985_rows_end_to_end(folders, tmp_path, capsys):
 
 
 def test_version_2_and_prior_sets_with_gold_and_a_killed_run(tmp_path, capsys):
-    rows = [{"prompt": "Q", "chosen": ["a"], "rejected": ["b", "c", "d"], "subset": s, "id": str(i)}
+    prompt = toyworld.sample_prompt(random.Random(0))
+    rows = [{"prompt": prompt, "chosen": ["a"], "rejected": ["b", "c", "d"], "subset": s, "id": str(i)}
             for s in SUBSETS_2 if s != "Ties" for i in range(3)]
-    rows += [{"prompt": "Q", "chosen": ["a", "b"], "rejected": ["c"], "subset": "Ties", "id": "tied:1"}]
+    rows += [{"prompt": prompt, "chosen": ["a", "b"], "rejected": ["c"], "subset": "Ties", "id": "tied:1"}]
     second = write(tmp_path / "v2.jsonl", rows)
-    prior = write(tmp_path / "shp.jsonl", [{"prompt": [{"role": "user", "content": "Q"}], "chosen": "a", "rejected": "b"}] * 4)
+    turns = [{"role": "user", "content": prompt}]
+    prior = write(tmp_path / "shp.jsonl", [{"prompt": turns, "chosen": "a", "rejected": "b"}] * 4)
     out = tmp_path / "out"
     arguments = ["rewardbench", "--model", "gold", "--dataset", second, "--prior-sets", f"shp={prior}",
                  "--output-dir", str(out)]
     main(arguments)
     report = capsys.readouterr().out
-    # gold knows no such texts: they are all alike to it
+    # none of these is a story: they are all alike to the gold reward
     assert json.loads((out / "rewardbench2/eval-set/gold.json").read_text())["Focus"] == 0.25
     assert json.loads((out / "pref-sets/gold.json").read_text())["shp"] == 0
     assert len(json.loads((out / "rewardbench2/eval-set-scores/gold.json").read_text())["scores"]) == 16

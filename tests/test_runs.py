@@ -59,7 +59,7 @@ def test_the_same_configuration_goes_on(run):
 @pytest.mark.parametrize(("changes", "message"), [
     ({"beta": 0.2}, r"was made with beta = 0.1, now it is 0.2: allowed is the same configuration .*--overwrite"),
     ({"new": 1}, r"made with new = None, now it is 1"),
-    ({"program": "sft"}, r"made with program = 'dpo', now it is 'sft'"),
+    ({"program": "sft"}, r"holds a run of dpo, allowed is a new folder or one of sft's"),
     ({"beta": 0.2, "seed": 1}, "made with beta"),
 ])
 def test_another_configuration_is_refused_by_name(run, changes, message):
@@ -246,3 +246,16 @@ def test_checkpoints_are_kept_newest_first(run):
     assert len(folder.checkpoints()) == 2
     model, state = folder.restore()
     assert state["step"] == 6 and torch.equal(model.token_emb.weight, tiny().token_emb.weight)
+
+
+def test_overwriting_takes_neither_another_programs_run_nor_what_is_read(run):
+    claim(run)
+    (run / "reward").mkdir()
+    for named in (run / "reward", f"dpo:{run}/reward,elsewhere", f"shp={run / 'reward'}", [str(run / "reward")]):
+        with pytest.raises(CheckpointError, match="which lies in"), RunFolder(run) as folder:
+            folder.claim({"program": "dpo", "model": named if isinstance(named, list) else str(named)}, overwrite=True)
+    for overwrite in (False, True):
+        with pytest.raises(CheckpointError, match="holds a run of dpo, allowed is a new folder or one of score's"), (
+                RunFolder(run)) as folder:
+            folder.claim({"program": "score"}, overwrite)
+    assert (run / "reward").exists()

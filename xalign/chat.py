@@ -18,10 +18,8 @@ from typing import Any, Literal
 import torch
 
 from xalign import logprobs
-from xalign.adapters import load_adapter
 from xalign.backends.base import SamplingParams
 from xalign.backends.native import NativeBackend
-from xalign.config import PromptOptions, SamplingOptions
 from xalign.data.chat_template import Rendered, render
 from xalign.data.collate import encode_pair
 from xalign.data.records import Message, PreferencePair, Text
@@ -31,8 +29,6 @@ from xalign.errors import ConfigError, DataError
 from xalign.evaluation.metrics import Estimate, perplexity
 from xalign.nn.cache import Kept
 from xalign.nn.decoding import evaluating
-from xalign.nn.lora import merge
-from xalign.stages import choose_device, load_model
 
 INPUT_TEMPLATE = "User: {}\nAssistant: "
 UNFINISHED = "\ufffd"  # what a character that was cut off becomes
@@ -362,14 +358,3 @@ def append_line(path: Path, record: dict[str, Any]) -> None:
         file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
         file.flush()
         os.fsync(file.fileno())
-
-
-def load_native(path: str, options: PromptOptions, draw: SamplingOptions, adapter: str | None) -> NativeBackend:
-    """Our own engine for a folder or hub name, quantised and with an adapter as the settings say."""
-    revision = options.revision if path == options.model else None
-    model, tokenizer = load_model(path, draw.dtype, choose_device(draw.device), allow_pickle=options.allow_pickle,
-                                  revision=revision, quant=draw)
-    if adapter is not None:
-        load_adapter(model, adapter)
-        model.eval() if draw.load_in_8bit or draw.load_in_4bit else merge(model)  # merged it is as fast as without
-    return NativeBackend(model, tokenizer, draw.batch_size, draw.cache_tokens)

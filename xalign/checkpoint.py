@@ -278,9 +278,9 @@ def load_reward(path: str | os.PathLike, dtype: str | torch.dtype | None = None,
     return model.eval()
 
 
-def holds_reward(path: str | os.PathLike, revision: str | None = None) -> bool:
+def holds_reward(path: str | os.PathLike, *, allow_pickle: bool = False, revision: str | None = None) -> bool:
     """Whether a folder, or a hub's `owner/name`, holds a reward model, by its config.json."""
-    return hf.is_reward(_folder(path, True, revision)[1])
+    return hf.is_reward(_folder(path, allow_pickle, revision)[1])
 
 
 RewardModel.from_pretrained = staticmethod(load_reward)

@@ -46,12 +46,12 @@ def _sft(arguments: Sequence[str], program: str) -> None:
 
 
 @contextlib.contextmanager
-def _kept() -> Iterator[None]:
-    """Say of a run that is interrupted (a training: before its loop, which saves its state) that it is not lost."""
+def _kept(what: str = "finished stages and checkpoints are kept, the same command goes on") -> Iterator[None]:
+    """Say of work that is interrupted (a training: before its loop, which saves its state) that it is not lost."""
     try:
         yield
     except KeyboardInterrupt:
-        raise KeyboardInterrupt("finished stages and checkpoints are kept, the same command goes on") from None
+        raise KeyboardInterrupt(what) from None
 
 
 def _generate(arguments: Sequence[str], program: str) -> None:
@@ -70,6 +70,38 @@ def _generate(arguments: Sequence[str], program: str) -> None:
 
 def _chat(arguments: Sequence[str], program: str) -> None:
     _generate(["--chat", *arguments], program)
+
+
+def _collect(arguments: Sequence[str], program: str) -> None:
+    from xalign.collect_config import CollectConfig
+    from xalign.flags import parse
+
+    config = parse(CollectConfig, arguments, program)
+    with _kept("finished completions are kept, the same command goes on"):
+        from xalign.collect import run_collect
+
+        run_collect(config)
+
+
+def _annotate(arguments: Sequence[str], program: str) -> None:
+    from xalign.collect_config import AnnotateConfig
+    from xalign.flags import parse
+
+    config = parse(AnnotateConfig, arguments, program)
+    with _kept("finished annotations are kept, the same command goes on"):
+        from xalign.annotate import run_annotate
+
+        run_annotate(config)
+
+
+def _binarize(arguments: Sequence[str], program: str) -> None:
+    from xalign.collect_config import BinarizeConfig
+    from xalign.flags import parse
+
+    config = parse(BinarizeConfig, arguments, program)
+    from xalign.binarize import run_binarize
+
+    run_binarize(config)
 
 
 def _inspect(arguments: Sequence[str], program: str) -> None:
@@ -142,6 +174,9 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str], str], None], str]] = {
     "chat": (_chat, "talk to a model, or to two side by side (generate.py --chat)"),
     "score": (_score, "score replies with a reward model, a DPO policy or a server; --serve does it over HTTP"),
     "rewardbench": (_rewardbench, "measure a reward model, a DPO policy or a judge on RewardBench"),
+    "collect": (_collect, "draw completions from a pool of models, for preference data"),
+    "annotate": (_annotate, "judge completions: reward model, known reward, or a language model"),
+    "binarize": (_binarize, "make preference pairs of annotated completions"),
     "data inspect": (_inspect, "show what a file of records holds and what training would make of it"),
 }
 

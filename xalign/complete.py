@@ -6,11 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from xalign.backends.base import SamplingParams
-from xalign.chat import load_native
+from xalign.backends.native import NativeBackend
 from xalign.config import GenerateConfig, PromptOptions
 from xalign.data.records import Message, Text
 from xalign.data.sources import read_prompts
 from xalign.errors import ConfigError, DataError
+from xalign.loading import load
 from xalign.prepare import say
 from xalign.repl import run_chat, talks
 from xalign.score_config import ScoreOptions
@@ -24,8 +25,9 @@ def run_generate(config: GenerateConfig) -> None:
     options, draw = config.prompt, config.sampling
     params = SamplingParams(**{name: getattr(draw, name) for name in SamplingParams.__dataclass_fields__})
     prompts = [as_prompt(p, options, f"prompt {i}") for i, p in enumerate(gather(options), 1)]
-    backend = load_native(options.model, options, draw, options.adapter)
-    if not backend.tokenizer.chat_template and not all(isinstance(prompt, str) for prompt in prompts):
+    backend = load(options.model, options, draw, options.adapter)
+    if (isinstance(backend, NativeBackend) and not backend.tokenizer.chat_template
+            and not all(isinstance(prompt, str) for prompt in prompts)):
         say(f"{options.model} has no chat template: xalign's own is used")
     if len(prompts) == 1 and params.n == params.beams == 1 and not options.json:
         for piece in backend.stream(prompts[0], params):
@@ -34,6 +36,8 @@ def run_generate(config: GenerateConfig) -> None:
         return
     for prompt, completions in zip(prompts, backend.generate(prompts, params, "generate"), strict=True):
         for completion in completions:
+            if completion.error is not None:
+                raise DataError(f"{options.model}: {completion.error}")
             if options.json:
                 shown = prompt if isinstance(prompt, str) else [{"role": m.role, "content": m.content} for m in prompt]
                 print(json.dumps({"prompt": shown, "completion": completion.text, "finish_reason": completion.finish_reason,

@@ -362,7 +362,13 @@ class PromptOptions:
     """What to continue."""
 
     model: str = "runs/demo/policy"
-    """Folder of a trained model, or its name on the Hugging Face hub."""
+    """Folder of a trained model, or its name on the Hugging Face hub; with --backend openai the server's name for it."""
+    backend: Literal["native", "transformers", "vllm", "openai"] = "native"
+    """Engine: our own, transformers, vLLM in this process, or a server with OpenAI's interface (key: OPENAI_API_KEY)."""
+    base_url: str | None = None
+    """Address of the server (--backend openai), such as http://127.0.0.1:8000/v1; none: OPENAI_BASE_URL, or OpenAI's own."""
+    unsupported: Literal["error", "warn"] = "error"
+    """What a setting is that the backend doesn't honour."""
     revision: str | None = None
     """Branch, tag or commit of a model from the hub; none: its main branch."""
     adapter: str | None = None

@@ -33,6 +33,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("weight_decay", "max_grad_norm"), (0, 1e12)),
     **dict.fromkeys(("adam_beta1", "adam_beta2"), (0, math.nextafter(1, 0))), "adam_epsilon": (1e-20, 1),
     "center_rewards_coefficient": (0, 1e6), "dataset_weights": (0, 1000), "seed": (0, 2**63 - 1),
+    "concurrency": (1, 10_000), "reask": (0, 100), "min_margin": (0, 1e12),
     "max_length": (2, COUNT), "max_seq_len": (2, COUNT), "max_steps": (-1, COUNT),
     **dict.fromkeys(("dropout", "lora_dropout"), (0, 0.999)), "lora_r": (1, 2**16), "lora_alpha": (1e-6, 1e6),
     "port": (0, 65535), "queue_size": (1, COUNT), "max_bytes": (1, COUNT), "body_seconds": (1e-3, 1e6),

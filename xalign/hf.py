@@ -391,6 +391,8 @@ def reward_from_hf(config: Fields, where: str, prefix: str | None = None) -> tup
     model, read = RewardModel(net), Config(config, where, "")
     model.mean, model.std = float(read.number("mean", 0.0)), float(read.number("std", 1.0))
     model.normalize_reward = read.flag("normalize_reward")
+    if model.normalize_reward and not {"mean", "std"} <= config.keys():
+        raise CheckpointError(f"{where}: normalize_reward is true without mean and std, allowed is all three")
     if not math.isfinite(model.mean) or not 0 < model.std < math.inf:
         raise CheckpointError(f"{where}: mean is {model.mean} and std {model.std}, allowed is a finite mean and std > 0")
     prefix = prefix or config.get("value_head_prefix") or "score"

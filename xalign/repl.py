@@ -15,12 +15,13 @@ from types import TracebackType
 from typing import Any, get_type_hints
 
 from xalign.backends.base import SamplingParams
-from xalign.chat import INPUT_TEMPLATE, Reply, Session, Speaker, held_out_perplexity, load_native
+from xalign.chat import INPUT_TEMPLATE, Reply, Session, Speaker, held_out_perplexity
 from xalign.config import GenerateConfig
 from xalign.console import Console, columns, side_by_side, table
 from xalign.display import Paint
 from xalign.errors import ConfigError, XalignError, nearest
 from xalign.flags import LIMITS
+from xalign.loading import load
 from xalign.nn.quantize import QuantizedLinear
 from xalign.prepare import say
 from xalign.stages import parameter_count, quantised
@@ -330,7 +331,7 @@ def opened(config: GenerateConfig) -> Session:
     if options.prompts is not None or options.json:
         raise ConfigError(f"{'--json' if options.json else '--prompts'} doesn't go with --interactive or --compare")
     params = SamplingParams(**{name: getattr(draw, name) for name in SamplingParams.__dataclass_fields__})
-    speakers = [Speaker(load_native(options.model, options, draw, options.adapter), options.model)]
+    speakers = [Speaker(load(options.model, options, draw, options.adapter), options.model)]
     if talk.compare is not None:
         other = talk.compare
         if other == "reference":
@@ -338,7 +339,7 @@ def opened(config: GenerateConfig) -> Session:
             if not options.adapter and not Path(other).is_dir():
                 raise ConfigError(f"--compare: {options.model} has no reference beside it, allowed is a model's folder or name")
         name = other + " without adapter" * (other == options.model and options.adapter is not None)
-        speakers.append(Speaker(load_native(other, options, draw, None), name))
+        speakers.append(Speaker(load(other, options, draw, None), name))
     if options.chat and speakers[0].native and not speakers[0].backend.tokenizer.chat_template:
         say(f"{options.model} has no chat template: xalign's own is used")
     return Session(speakers, params, template=template, system=options.system, spell=not talk.allow_special_tokens,

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from xalign.backends.base import SamplingParams
-from xalign.backends.native import NativeBackend
+from xalign.backends.opening import as_spec
+from xalign.backends.opening import open as open_backend
 from xalign.data.sources import column_names
 from xalign.disk import write_atomically
-from xalign.errors import ConfigError
+from xalign.errors import ConfigError, DataError
 from xalign.evaluation import rewardbench as bench
 from xalign.evaluation.judge import Judge
 from xalign.evaluation.rewardbench import PRIOR, PRIOR_SETS, PUBLISHED, ROWS, SECTIONS, SUBSETS_2, BenchRow, as_messages
@@ -20,7 +21,6 @@ from xalign.runs import RunFolder, strict
 from xalign.score import SUMMARY, chunked, claim, load, texts_cut
 from xalign.score_config import BenchOptions, RewardBenchConfig, ScorerOptions
 from xalign.scoring import Scorer
-from xalign.stages import choose_device, load_model
 
 RESULTS, REPORT = "rows.jsonl", "report.md"
 FOLDERS = {"1": "", "prior": "pref-sets", "2": "rewardbench2"}
@@ -82,10 +82,12 @@ class _Judged:
     chat = True
 
     def __init__(self, options: BenchOptions, scorer: ScorerOptions):
-        model, tokenizer = load_model(str(options.judge), scorer.dtype, choose_device(scorer.device))
+        spec = as_spec(str(options.judge))
+        if spec["backend"] in ("native", "transformers"):
+            spec |= {"batch_size": scorer.batch_size, "dtype": scorer.dtype, "device": scorer.device}
         self.scorer = None
-        self.judge = Judge(NativeBackend(model, tokenizer, scorer.batch_size),
-                           SamplingParams(temperature=0, max_new_tokens=options.judge_max_new_tokens), options.seed)
+        self.judge = Judge(open_backend(spec), SamplingParams(temperature=0, max_new_tokens=options.judge_max_new_tokens),
+                           options.seed)
 
     def __call__(self, rows: list[BenchRow]) -> list[dict[str, Any]]:
         return judged(self.judge, rows)
@@ -117,9 +119,12 @@ def _summary(rows: Sequence[BenchRow], found: Sequence[Mapping[str, Any]]) -> di
     sections = bench.section_scores(subsets.get("1", {}))
     prior = bench.prior_score(subsets.get("prior", {}))
     whole = sections | ({} if prior is None else {PRIOR: prior})
+    lost = sum(score is None or not math.isfinite(score) for row in found for score in row["scores"] or [])
+    if lost and lost == sum(len(row["scores"] or []) for row in found):
+        raise DataError("not one score is a finite number, allowed is a model that gives some")
     unread = sum(row["scores"] is None and row["result"] not in (0, 1) for row in found)
-    return {"rows": len(rows), "no_verdict": unread, "subsets": subsets, "sections": whole, "overall": bench.overall(whole),
-            "overall_2": bench.overall_2(subsets.get("2", {}))}
+    return {"rows": len(rows), "no_verdict": unread, "not_finite": lost, "subsets": subsets, "sections": whole,
+            "overall": bench.overall(whole), "overall_2": bench.overall_2(subsets.get("2", {}))}
 
 
 def official(rows: Sequence[BenchRow], found: Sequence[Mapping[str, Any]], subsets: Mapping[str, Mapping[str, float]],
@@ -193,6 +198,8 @@ def _report(name: str, rows: Sequence[BenchRow], summary: Mapping[str, Any]) -> 
     parts += ["## Subsets", "\n".join(lines)]
     if summary["no_verdict"]:
         parts.append(f"{summary['no_verdict']:,} judgements held no verdict: each counts as a draw.")
+    if summary["not_finite"]:
+        parts.append(f"{summary['not_finite']:,} scores were no finite number: their rows are lost.")
     if summary["texts_cut"]:
         parts.append(f"{summary['texts_cut']:,} texts were longer than the limit and were cut.")
     return "\n\n".join(parts) + "\n"

@@ -22,6 +22,7 @@ from xalign.tokenizers import Tokenizer
 
 KEPT_CHECKPOINTS = 2  # the newest, and the one before in case the newest is damaged
 CONFIG, METRICS, SAMPLES, LATEST, LOCK = "config.json", "metrics.jsonl", "samples.jsonl", "latest", ".lock"
+HALF = "half overwritten"
 LEFTOVER = re.compile(r"\..+\.\d+(@.+)?\.(tmp|old)")  # what a killed process leaves of an atomic write
 
 
@@ -87,8 +88,12 @@ class RunFolder:
         for leftover in (p for p in (*self.path.glob(".*"), *self.path.glob("*/.*")) if LEFTOVER.fullmatch(p.name)):
             if leftover.parent.exists():  # else it went with its folder, half written too
                 _remove(leftover)
+        if before and before["program"] not in (config["program"], HALF):
+            raise CheckpointError(f"{self.path} holds a run of {before['program']}, allowed is a new folder or one of "
+                                  f"{config['program']}'s")
         if overwrite:
-            write_atomically(old, json.dumps({"program": "half overwritten"}))  # a kill from here on leaves no mixture
+            self._refuse_inputs(config)
+            write_atomically(old, json.dumps({"program": HALF}))  # a kill from here on leaves no mixture
             for entry in self.path.iterdir():
                 if entry.name not in (LOCK, CONFIG):
                     _remove(entry)
@@ -101,6 +106,16 @@ class RunFolder:
             return before.get("processes", 1)
         write_atomically(old, json.dumps(config, indent=2) + "\n")
         return config["processes"]
+
+    def _refuse_inputs(self, config: dict[str, Any]) -> None:
+        """Raise `CheckpointError` where a setting names something in this folder, which overwriting would remove."""
+        here = self.path.resolve()
+        for key, value in config.items():
+            for text in [v for v in (value if isinstance(value, list) else [value]) if isinstance(v, str)]:
+                for name in filter(None, {text, *re.split("[,:=]", text)}):
+                    if os.path.exists(name) and Path(name).resolve().is_relative_to(here):
+                        raise CheckpointError(f"{key} is {text!r}, which lies in {self.path}, allowed with --overwrite is a "
+                                              "folder that holds none of what is read")
 
     def part(self, name: str) -> "RunFolder":
         """A folder inside this one for a stage with a training loop of its own; it shares the wandb run."""

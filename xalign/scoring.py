@@ -91,7 +91,13 @@ class GoldScorer:
         found = []
         for prompt, response in checked(prompts, responses):
             told = prompt if isinstance(prompt, str) else " ".join(m.content for m in prompt)
-            told, response = toyworld.split_document(told) if response is None else (told, response)
+            if response is None:
+                try:
+                    told, response = toyworld.split_document(told)
+                except ValueError as error:
+                    raise DataError(str(error)) from None
+            if toyworld.read_prompt(told) is None:
+                raise DataError(f"the gold reward knows only the toy world's prompts, not {told!r:.80}")
             found.append(toyworld.gold_reward(told, response))
         return torch.tensor(found, dtype=torch.float32)
 
@@ -179,6 +185,9 @@ class ImplicitScorer:
         return self._scores(rows, "")
 
     def _scores(self, rows: list[EncodedPair], progress: str) -> Tensor:
+        keys = [(tuple(row.prompt), tuple(row.chosen)) for row in rows]
+        place = {key: i for i, key in enumerate(dict.fromkeys(keys))}  # each once, as a reward model's texts
+        rows = [EncodedPair([*prompt], [*response], []) for prompt, response in place]
         (ours, counts), theirs = chosen_logps(self.policy, rows, self.tokenizer.pad_id, self.batch_size, progress), None
         if self.reference is not None:
             theirs, _ = chosen_logps(self.reference, rows, self.tokenizer.pad_id, self.batch_size,
@@ -188,7 +197,7 @@ class ImplicitScorer:
             found = self.beta * (found - torch.tensor(theirs, dtype=torch.float64))
         elif self.kind == "avg":
             found /= torch.tensor(counts)
-        return found.float()
+        return found.float()[[place[key] for key in keys]]
 
     def _cut(self, head: list[int], ids: list[int]) -> EncodedPair:
         row = EncodedPair(head, ids, ids)

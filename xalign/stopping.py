@@ -8,6 +8,9 @@ from torch import Tensor
 
 from xalign.errors import ConfigError
 
+UNFINISHED = "\ufffd"
+"""What decoders write for the bytes of a character that is not whole: dropped where a text was cut off at its length."""
+
 
 class Endings:
     """Tells which of m sequences of token ids a text ends with, in a fixed number of operations; no value is read."""

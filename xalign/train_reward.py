@@ -42,6 +42,8 @@ def run_reward(config: RewardConfig) -> None:
     """`xalign reward`: (tokenizer and SFT,) Bradley-Terry, evaluation, report; ends in <folder>/reward."""
     if config.reward.margin and config.reward.loss_type == "logexp":
         raise ConfigError("--margin is given, but the loss logexp has none: allowed is the loss sigmoid")
+    if config.reward.value_head_prefix and not config.model.model:
+        raise ConfigError(f"--value-head-prefix {config.reward.value_head_prefix} goes with a --model that is a reward model")
     check(config)
     device = choose_device(config.run.device)
     if config.run.dry_run:
@@ -75,8 +77,7 @@ def learn(config: RewardConfig, run: RunFolder, data: Split[PreferencePair], exa
     distributed.leave_to_first()
     forget(run, "tokens", "tokens-sft")
     model = objective.model = plain(config, run, model, device)
-    with autocast(device, config.training.bf16):
-        result = judge(objective, held_out, eval_rows, tokenizer.pad_id, is_toy(p.prompt for p in held_out))
+    result = judge(objective, held_out, eval_rows, tokenizer.pad_id, is_toy(p.prompt for p in held_out))  # as `score` computes
     model.mean, model.std = result.numbers["mean"], max(result.numbers["std"], 1e-8)
     model.normalize_reward = config.reward.normalize_reward
     save_pretrained(model, run.path / "reward", tokenizer)
@@ -90,11 +91,11 @@ def first_reward(config: RewardConfig, run: RunFolder, data: Split[PreferencePai
     """What training begins with: --model, or one from scratch that is kept in <run>/base, with adapters where they are asked
     for. The head is new, unless --model is a reward model already."""
     given = config.model
-    if given.model and holds_reward(given.model, given.revision):
+    where: dict[str, Any] = {"allow_pickle": given.allow_pickle, "revision": given.revision}
+    if given.model and (config.reward.value_head_prefix or holds_reward(given.model, **where)):
         if quantisation(config.quant)[0]:
             raise ConfigError(f"--model {given.model} is a reward model, allowed without quantisation")
-        model = load_reward(given.model, config.run.dtype, device, config.reward.value_head_prefix,
-                            allow_pickle=given.allow_pickle, revision=given.revision)
+        model = load_reward(given.model, config.run.dtype, device, config.reward.value_head_prefix, **where)
         tokenizer, model.tokenizer = model.tokenizer, None
         if tokenizer is None:
             raise ConfigError(f"{given.model}: there is no tokenizer in this folder, allowed is a folder with one")

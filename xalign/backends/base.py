@@ -1,9 +1,14 @@
 """What every engine takes and gives: `generate(prompts, params) -> completions`."""
 
+import dataclasses
 import math
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from xalign.errors import ConfigError
+from xalign.data.records import Text
+from xalign.errors import ConfigError, DataError
 
 
 @dataclass(frozen=True)
@@ -63,9 +68,86 @@ class SamplingParams:
 
 @dataclass(frozen=True)
 class Completion:
-    """One completion: its text without the end, all its token ids, "stop" or "length", and their summed logps (nats)."""
+    """One completion: its text without the end, all its token ids, how it ended, and their summed logps (nats).
+
+    `finish_reason` is "stop", "length", or "error": then there is no text, and `error` says why in a line. `token_ids` is empty
+    and `logps` None where an engine doesn't tell. `seconds` passed from the request until this one ended.
+    """
 
     text: str
     token_ids: tuple[int, ...]
     finish_reason: str
     logps: float | None = None
+    seconds: float | None = None
+    model: str | None = None
+    error: str | None = None
+
+
+def failure(error: str, model: str | None = None, seconds: float | None = None) -> Completion:
+    """What stands in the place of a completion that can't be had."""
+    return Completion("", (), "error", None, seconds, model, " ".join(error.split()))
+
+
+Done = Callable[[int, list[Completion]], None]
+
+
+class Backend(ABC):
+    """What every engine offers. `name` is the model's; `supports` are the fields of `SamplingParams` that it honours.
+
+    `unsupported` says what a request is that it can't honour: an "error" before anything runs, or a named warning ("warn").
+    `template` is a chat template (jinja) in the place of the model's own.
+    """
+
+    name: str = ""
+    supports: frozenset[str] = frozenset(SamplingParams.__dataclass_fields__)
+    unsupported: str = "error"
+    template: str | None = None
+
+    @abstractmethod
+    def generate(self, prompts: Sequence[Text], params: SamplingParams, progress: str = "", *,
+                 seeds: Sequence[int] | None = None, done: Done | None = None) -> list[list[Completion]]:
+        """`params.n` completions of each prompt (text, or messages), in the prompts' order; a prompt that can't be answered
+        has an "error" in their place, and the rest goes on.
+
+        `progress` names a progress bar. `seeds`, one a prompt, take the place of `params.seed` and the prompt's index. `done`
+        is told a prompt's index and completions as soon as they are there, in any order.
+        """
+
+    @abstractmethod
+    def stream(self, prompt: Text, params: SamplingParams) -> Iterator[str]:
+        """The text of one completion in pieces as they come; stop strings and unfinished characters never show."""
+
+    def refresh(self, checkpoint: str) -> None:
+        """Take the weights of another checkpoint (of the same shape), for training that samples as it goes."""
+        raise ConfigError(f"{self.name}: this backend can't take other weights; allowed are native, transformers and vllm")
+
+    def close(self) -> None:  # noqa: B027  there may be nothing
+        """Give back what the engine holds."""
+
+    def checked(self, params: SamplingParams) -> SamplingParams:
+        """The same params, without what this engine doesn't honour (a warning each), or `ConfigError` (see `unsupported`)."""
+        default = SamplingParams()
+        for name in SamplingParams.__dataclass_fields__:
+            value = getattr(params, name)
+            if name not in self.supports and value != getattr(default, name):
+                self.refuse(name, f"is {value}, which this backend doesn't honour; it knows {', '.join(sorted(self.supports))}")
+                params = dataclasses.replace(params, **{name: getattr(default, name)})
+        return params
+
+    def refuse(self, name: str, why: str) -> None:
+        """Tell of a parameter that isn't honoured, as `unsupported` says."""
+        if self.unsupported == "error":
+            raise ConfigError(f"{self.name}: {name} {why} (unsupported: warn goes on without it)")
+        print(f"warning: {self.name}: {name} {why}; it goes on without it", file=sys.stderr)
+
+
+def fit(prompt_tokens: int, params: SamplingParams, context: int | None) -> int:
+    """How many tokens of a prompt are kept, its newest, so that its answer has room in a context of so many.
+
+    Room is for `max_new_tokens`, and for half of the context at most. Raises `DataError` for a prompt longer than the context.
+    """
+    if context is None:
+        return prompt_tokens
+    if prompt_tokens > context:
+        raise DataError(f"the prompt has {prompt_tokens} tokens, allowed is up to the model's {context}")
+    return min(prompt_tokens, max(1, context - min(params.max_new_tokens, context // 2)))

@@ -165,6 +165,11 @@ def render_prompt(tokenizer: Tokenizer, prompt: Text, template: str | None = Non
     return render(tokenizer, prompt, template, add_generation_prompt=True)
 
 
+def write(template: str, messages: Sequence[Message]) -> str:
+    """What a template alone makes of messages, with a generation prompt: for engines that take text."""
+    return _plain(_Conversation(template, messages, (), ()).write(len(messages), True))
+
+
 def render_completion(
     tokenizer: Tokenizer, prompt: Text, completion: Text, template: str | None = None
 ) -> tuple[list[int], list[int], list[bool]]:

@@ -57,7 +57,8 @@ class AutoregressiveWrapper(nn.Module):
                  stop: Sequence[Sequence[int]] | None = None, seed: int | Tensor | None = None,
                  generator: torch.Generator | None = None, return_logprobs: bool = False, batch_size: int | None = None,
                  cache_tokens: int | None = None, engine: str | None = None,
-                 progress: Callable[[int], object] | None = None) -> Any:
+                 progress: Callable[[int], object] | None = None,
+                 finished: Callable[[int, Tensor, Tensor], object] | None = None) -> Any:
         """New tokens only, (b, m), m <= seq_len the longest row with its end; behind a row's end stands `pad_value`.
 
         `prompts` are (b, n) (right-padded where `prompt_lens` is given), (n,) -> (m,), or a list of 1-D tensors.
@@ -73,7 +74,8 @@ class AutoregressiveWrapper(nn.Module):
 
         At most `batch_size` rows run together, whose cache holds at most `cache_tokens` tokens; a row that ends makes room for
         the next prompt. `engine` is "eager", "graph" (a CUDA graph a step; what is None on CUDA) or "compile" (torch.compile).
-        `progress` is called with the number of prompts that have just been finished.
+        `progress` is called with the number of prompts that have just been finished, `finished` with a prompt's index, its
+        tokens and its logps (num_samples, m), as soon as all its texts have ended.
         """
         sampled = {k: v for k, v in locals().items() if k not in BEAM_OPTIONS | {"self"}}
         if beams != 1:
@@ -96,10 +98,10 @@ class AutoregressiveWrapper(nn.Module):
                num_samples: int = 1, kept: Kept | None = None, **options: Any) -> Generator[Tensor, None, None]:
         """The tokens of `generate`, one step at a time as they come, (b,) each; stacked they equal it.
 
-        Takes `generate`'s options except beams, `return_logprobs`, `batch_size`, `cache_tokens` and `progress`. With `kept` a
-        single prompt goes on from the cache that the call before left there, and leaves its own.
+        Takes `generate`'s options except beams, `return_logprobs`, `batch_size`, `cache_tokens`, `progress` and `finished`.
+        With `kept` a single prompt goes on from the cache that the call before left there, and leaves its own.
         """
-        for name in options.keys() & {"return_logprobs", "batch_size", "cache_tokens", "progress"}:
+        for name in options.keys() & {"return_logprobs", "batch_size", "cache_tokens", "progress", "finished"}:
             raise TypeError(f"stream takes no {name}")
         single = isinstance(prompts, Tensor) and prompts.ndim == 1
         run = self._engine(prompts, seq_len, eos_token, temperature, num_samples=num_samples, lockstep=True, kept=kept,
@@ -146,7 +148,9 @@ class AutoregressiveWrapper(nn.Module):
                 min_new_tokens: int = 0, num_samples: int = 1, stop: Sequence[Sequence[int]] | None = None,
                 seed: int | Tensor | None = None, generator: torch.Generator | None = None, return_logprobs: bool = False,
                 batch_size: int | None = None, cache_tokens: int | None = None, engine: str | None = None,
-                progress: Callable[[int], object] | None = None, lockstep: bool = False, kept: Kept | None = None) -> Engine:
+                progress: Callable[[int], object] | None = None,
+                finished: Callable[[int, Tensor, Tensor], object] | None = None, lockstep: bool = False,
+                kept: Kept | None = None) -> Engine:
         """`generate`'s options, checked, as an engine that is ready to run."""
         device = self.net.token_emb.weight.device
         rows = as_rows(prompts, prompt_lens, device)
@@ -180,7 +184,7 @@ class AutoregressiveWrapper(nn.Module):
                       None if batch_size is None else max(1, batch_size // s), cache_tokens)
         return Engine(self.net, rows, steps, plan, copies=s, cached=cache_kv, penalise=penalise, draw=draw, stops=stops,
                       keys=keys, pad=self.pad_value, score=return_logprobs, mode=engine, lockstep=lockstep, progress=progress,
-                      kept=kept)
+                      finished=finished, kept=kept)
 
     @staticmethod
     def _seed(seed: int | Tensor | None, generator: torch.Generator | None, device: torch.device) -> int | Tensor:

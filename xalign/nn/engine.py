@@ -50,10 +50,12 @@ class Engine:
 
     def __init__(self, net: TransformerWrapper, prompts: list[Tensor], steps: int, plan: list[tuple[list[int], int]], *,
                  copies: int, cached: bool, penalise: Penalties, draw: Draw, stops: StopTokens, keys: Tensor, pad: int,
-                 score: bool, mode: str, lockstep: bool, progress: Callable[[int], object] | None, kept: Kept | None = None):
+                 score: bool, mode: str, lockstep: bool, progress: Callable[[int], object] | None,
+                 finished: Callable[[int, Tensor, Tensor], object] | None = None, kept: Kept | None = None):
         self.net, self.prompts, self.steps, self.plan, self.copies, self.cached = net, prompts, steps, plan, copies, cached
         self.penalise, self.draw, self.stops, self.keys, self.pad = penalise, draw, stops, keys, pad
-        self.score, self.mode, self.lockstep, self.progress, self.kept = score, mode, lockstep, progress, kept
+        self.score, self.mode, self.lockstep, self.progress, self.finished, self.kept = (score, mode, lockstep, progress,
+                                                                                         finished, kept)
         device, requests = keys.device, len(keys)
         self.tokens = torch.full((requests, steps), pad, dtype=torch.long, device=device)
         self.logps = torch.zeros(requests, steps, device=device)
@@ -153,6 +155,10 @@ class Engine:
         self.done.index_fill_(0, rows, True)
         if self.progress:
             self.progress(len(places))
+        if self.finished is not None:
+            for own in requests.view(-1, self.copies):
+                n = int(self.counts[own].max())
+                self.finished(int(own[0]) // self.copies, self.tokens[own, :n], self.logps[own, :n])
 
 
 class Flags:

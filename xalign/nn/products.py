@@ -12,7 +12,7 @@ from torch import Tensor
 
 SMALL = 1 << 20  # multiplications up to which torch's own product takes less time
 HELD = 1 << 25  # logits that are held at once
-ROWS = 16  # of logits that are turned into fp32 at a time, so that they stay in cache
+CACHED = 1 << 19  # logits that are turned into fp32 at a time, so that they stay in cache
 PIECE = 1 << 14  # of the vocabulary, for a head's gradients: oneDNN copies what is transposed
 
 
@@ -113,12 +113,16 @@ def _add(to: Tensor, product: Tensor, first: bool) -> None:
 
 def _logsumexp(logits: Tensor) -> Tensor:
     """In fp32, as few rows at a time as stay in cache."""
-    return torch.cat([part.float().logsumexp(-1) for part in logits.split(ROWS)])
+    return torch.cat([part.float().logsumexp(-1) for part in logits.split(_few(logits))])
+
+
+def _few(logits: Tensor) -> int:
+    return max(16, CACHED // logits.shape[1])
 
 
 def _softmax_(logits: Tensor, sums: Tensor, grad: Tensor) -> Tensor:
     """-grad * exp(logits - sums), written over the logits."""
-    for part, whole, g in zip(*(x.split(ROWS) for x in (logits, sums[:, None], grad)), strict=True):
+    for part, whole, g in zip(*(x.split(_few(logits)) for x in (logits, sums[:, None], grad)), strict=True):
         part.copy_((part.float() - whole).exp_().mul_(-g))
     return logits
 

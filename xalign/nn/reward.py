@@ -122,16 +122,18 @@ class RewardModel(nn.Module):
         """Rewards (b,) of token ids, fp32 on the CPU, not normalised, the longest first and `batch_size` at a time."""
         if batch_size < 1:
             raise ConfigError(f"batch_size is {batch_size}, allowed is 1 or more")
-        rewards, device = torch.zeros(len(rows)), self.head.weight.device
-        order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
-        with evaluating(self), tqdm(total=len(rows), desc=progress, unit="text", disable=not progress, mininterval=1) as bar:
+        texts = list(dict.fromkeys(map(tuple, rows)))  # each once: its last bit may depend on the batch, and a tie is a tie
+        found, device = torch.zeros(len(texts)), self.head.weight.device
+        order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
+        with evaluating(self), tqdm(total=len(texts), desc=progress, unit="text", disable=not progress, mininterval=1) as bar:
             for at in range(0, len(order), batch_size):
                 some = order[at : at + batch_size]
-                tokens = pad_sequence([torch.tensor(rows[i], dtype=torch.long) for i in some], batch_first=True)
-                mask = torch.arange(tokens.shape[1]) < torch.tensor([len(rows[i]) for i in some])[:, None]
-                rewards[some] = self(tokens.to(device), mask.to(device)).cpu()
+                tokens = pad_sequence([torch.tensor(texts[i], dtype=torch.long) for i in some], batch_first=True)
+                mask = torch.arange(tokens.shape[1]) < torch.tensor([len(texts[i]) for i in some])[:, None]
+                found[some] = self(tokens.to(device), mask.to(device)).cpu()
                 bar.update(len(some))
-        return rewards
+        place = {text: i for i, text in enumerate(texts)}
+        return found[[place[tuple(row)] for row in rows]]
 
 
 def _text(given: str | Turns, where: str) -> Text:
