@@ -25,7 +25,7 @@ def conversation(model: TransformerWrapper, keep: bool) -> list[tuple[float, int
     found = []
     for turn in range(TURNS):
         if not keep:
-            speaker.kept = speaker.backend.kept = Kept()
+            speaker.backend.kept = Kept()
         reply = session.ask(chr(97 + turn) * MESSAGE, [lambda piece: None])[0]
         found.append((reply.first, reply.prompt, reply.prompt - reply.reused))
     return found

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import socket
 import struct
 import threading
@@ -13,15 +14,20 @@ FAULTS = ("500", "429", "hang", "half", "json", "reset", "empty", "null", "drop"
 
 
 class Server(ThreadingHTTPServer):
-    """Answers by `reply(body) -> text`; a share `rate` of the requests for a completion meets one of `FAULTS` instead."""
+    """Answers by `reply(body) -> text`; a share `rate` of the requests for a completion meets one of `FAULTS` instead.
+
+    If it `streams`, the text comes by words where that is asked for; a reply may also be the list of its pieces, in which None
+    breaks the connection, and a function is called.
+    """
 
     daemon_threads, request_queue_size = True, 128
 
     def __init__(self, reply=None, rate: float = 0.0, faults=FAULTS, hang: float = 1.5, seed: int = 0, greedy: bool = False,
-                 port: int = 0):
+                 port: int = 0, streams: bool = False, finish: str = "stop"):
         super().__init__(("127.0.0.1", port), Handler)
         self.reply = reply or (lambda body: f"answer to {prompt_of(body)}")
         self.rate, self.faults, self.hang, self.greedy, self.rng = rate, faults, hang, greedy, random.Random(seed)
+        self.streams, self.finish = streams, finish
         self.bodies: list[dict] = []
         self.headers: list[dict] = []
         self.asked, self.met, self.lock = Counter(), Counter(), threading.Lock()
@@ -107,9 +113,12 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             return self.connection.close()
         text, chat = server.reply(body), "messages" in body
+        if server.streams and body.get("stream"):
+            return self.stream(body, text if isinstance(text, list) else re.findall(r"\S+\s*", text), chat)
         texts = [text] * (1 if server.greedy else body.get("n", 1))
         choices = [
-            {"index": i, "finish_reason": "stop", **({"message": {"role": "assistant", "content": t}} if chat else {"text": t})}
+            {"index": i, "finish_reason": server.finish,
+             **({"message": {"role": "assistant", "content": t}} if chat else {"text": t})}
             for i, t in enumerate(texts)
         ]
         usage = {"prompt_tokens": 10, "completion_tokens": 3 * len(texts), "total_tokens": 10 + 3 * len(texts)}
@@ -127,3 +136,26 @@ class Handler(BaseHTTPRequestHandler):
             return self.connection.close()
         self.send(200, data)
 
+    def stream(self, body, pieces, chat):
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream")
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+
+        def chunk(data: bytes):
+            self.wfile.write(b"%x\r\n%s\r\n" % (len(data), data))
+
+        head = {"id": "x", "object": "y", "created": 0, "model": body["model"]}
+        for piece in [{"role": "assistant"}, *pieces, {}]:
+            if piece is None:
+                self.close_connection = True
+                return self.connection.close()
+            if callable(piece):
+                piece()
+                continue
+            delta = piece if isinstance(piece, dict) else {"content": piece}
+            choice = {"index": 0, "finish_reason": self.server.finish if piece == {} else None,
+                      **({"delta": delta} if chat else {"text": delta.get("content", "")})}
+            chunk(b"data: " + json.dumps(head | {"choices": [choice]}).encode() + b"\n\n")
+        chunk(b"data: [DONE]\n\n")
+        chunk(b"")

@@ -2,6 +2,7 @@
 
 import io
 import os
+import signal
 import sys
 import time
 from itertools import takewhile
@@ -12,18 +13,22 @@ import pytest
 import torch
 from conftest import LLAMA, tiny, tiny_ar
 
+from tests.server import Server
 from xalign import save_pretrained
 from xalign.backends.base import SamplingParams
 from xalign.backends.native import NativeBackend
 from xalign.chat import Session, Speaker, as_jinja, read_transcript
-from xalign.cli import main
-from xalign.console import cells, side_by_side, wrapped
+from xalign.cli import SHORT, main
+from xalign.config import GenerateConfig
+from xalign.console import Console, cells, side_by_side, wrapped
 from xalign.data.chat_template import DEFAULT_TEMPLATE, ROLE_MARKERS, render, render_prompt, render_text
 from xalign.data.records import Message
 from xalign.data.sources import read_pairs
 from xalign.display import Paint
 from xalign.errors import ConfigError, DataError
+from xalign.flags import parse
 from xalign.nn.cache import Kept
+from xalign.repl import Repl, opened
 from xalign.tokenizers import ByteTokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -141,7 +146,7 @@ def test_each_turn_sees_the_whole_conversation_as_training_renders_it_and_runs_o
         fresh = speaker().speak(one.prompts[0], one._seeded(), ignore, lambda: False)
         assert fresh.ids == reply.ids and fresh.reused == 0
         held = [*expected.ids, *reply.ids[:-1]]
-        assert one.speakers[0].kept.ids == held
+        assert one.speakers[0].backend.kept.ids == held
 
 
 def test_a_full_context_hides_whole_oldest_turns_but_not_the_system():
@@ -184,7 +189,7 @@ class Scripted:
     """A foreign backend: pieces of text as they come."""
 
     def __init__(self, *pieces):
-        self.pieces = pieces
+        self.pieces, self.ended = pieces, True
 
     def stream(self, prompt, params):
         self.prompt = prompt
@@ -276,10 +281,14 @@ def test_a_script_of_every_command(models, monkeypatch, capsys, tmp_path):
     ("/load nowhere.jsonl", "nowhere.jsonl: No such file"), ("/load {root}/setup.py", "no conversation that /save wrote"),
     ("/save {root}/setup.py", "is not overwritten"), ('a\n"""\nb', 'standard input:2: """ begins a message that doesn'),
     ("/set stop '", "No closing quotation"), ("/set seed -1", "allowed is a number from 0"), ("/show x", "history and"),
+    ('/set stop ""', "an empty string"), ("/load {deep}", "no conversation"), ("/save a\0b", "/save needs a file"),
+    ("/save ~nobody-here/x", "No such file"), ("/load ~nobody-here/x", "No such file"), ("\t/foo", "no command /foo"),
     (b"\xff\xfe", "standard input:1: not UTF-8"), ("/set temperature nan", "allowed is a number"),
 ])
-def test_a_mistake_ends_a_script_with_its_line(models, monkeypatch, capsys, script, message):
-    script = script.replace("{root}", str(ROOT)) if isinstance(script, str) else script
+def test_a_mistake_ends_a_script_with_its_line(models, monkeypatch, capsys, tmp_path, script, message):
+    (tmp_path / "deep").write_text("[" * 100_000)
+    if isinstance(script, str):
+        script = script.replace("{root}", str(ROOT)).replace("{deep}", str(tmp_path / "deep"))
     status, _, err = talk(monkeypatch, capsys, script, "--model", models / "policy", "--max-new-tokens", 2)
     assert status == 2 and message in err and err.strip().split("\n")[-1].startswith("error: standard input:"), err
 
@@ -340,6 +349,79 @@ def test_picks_are_pairs_that_train(models, monkeypatch, capsys, tmp_path):
     assert plain[0] == 0 and read_pairs(tmp_path / "t.jsonl")[0].prompt == "<hi>"
 
 
+def as_person(monkeypatch, capsys, lines, *arguments) -> tuple[Session, str]:
+    """Type lines as a person does, for whom mistakes and Ctrl-C end nothing: the session, and what stderr holds."""
+    one = opened(parse(GenerateConfig, [*map(str, arguments)], "generate", SHORT))
+    console, typed = Console(None, [], []), iter(lines)
+    console.person = True
+
+    def read(prompt):
+        line = next(typed, EOFError)
+        if not isinstance(line, str):
+            raise line
+        return line
+
+    monkeypatch.setattr("builtins.input", read)
+    Repl(one, console).run()
+    return one, capsys.readouterr().err
+
+
+def test_a_server_talks_too(monkeypatch, capsys):
+    def reply(body):
+        message = body["messages"][-1]["content"]
+        if message == "refused next":
+            server.first_status = [500]
+        if message == "wait":
+            pause = lambda: time.sleep(0.3)  # noqa: E731
+            return ["begun ", pause, lambda: os.kill(os.getpid(), signal.SIGINT), pause, "no"]
+        return ["part ", None] if message == "break" else f"so 日本 👍 {message}"
+
+    options = ("--backend", "openai", "--model", "m", "--temperature", 0, "--max-new-tokens", 9, "--chat", "--system", "S")
+    system = {"role": "system", "content": "S"}
+    with Server(reply=reply, streams=True) as server:
+        remote = (*options, "--base-url", server.url)
+        status, out, err = talk(monkeypatch, capsys, "hi\nyou\n/stats\n/show\n", *remote)
+        assert (status, err) == (0, "") and "so 日本 👍 hi\nso 日本 👍 you\n" in out and "4 pieces, " in out
+        assert server.bodies[-1]["messages"] == [system, *({"role": ["user", "assistant"][i % 2], "content": text}
+                                                           for i, text in enumerate(("hi", "so 日本 👍 hi", "you")))]
+        one, err = as_person(monkeypatch, capsys, ["wait", "refused next", "a", "break", "/show", "/undo", "/retry"], *remote)
+        assert [m.content for m in one.messages] == ["wait", "begun "], err
+        assert "reply stopped, it is kept" in err and err.count(f"error: m at {server.url}: ") == 2 and "HTTP/1" not in err
+        assert server.bodies[-1]["messages"] == [system, {"role": "user", "content": "wait"}]
+        status, _, err = talk(monkeypatch, capsys, "break\n", *remote)
+        assert status == 2 and err.startswith(f"error: standard input:1: m at {server.url}: ") and len(err.splitlines()) == 1
+        server.bodies.clear()
+        status, out, err = talk(monkeypatch, capsys, "hi\n/pick b\n", *remote, "--compare", "m2", "--seed", 5)
+        assert status == 2 and "the same text" in err and "A: m " in out and "B: m2" in out
+        assert [(b["model"], b.get("seed")) for b in server.bodies if b.get("stream")] == [("m", 5), ("m2", 5)]
+    with Server(finish="length") as server:  # one that doesn't stream
+        status, out, err = talk(monkeypatch, capsys, "hi\n", *options, "--base-url", server.url)
+        assert (status, out) == (0, "answer to hi\n") and "cut off after 1 pieces" in err
+    assert talk(monkeypatch, capsys, "", "--base-url", "http://127.0.0.1:1/v1")[2].startswith("error: --base-url goes with")
+
+
+def test_a_terminal_that_goes_keeps_what_was_typed(monkeypatch, tmp_path, capsys):
+    readline = pytest.importorskip("readline")
+    console, other = (Console(str(tmp_path / "history"), [], []) for _ in range(2))
+    console.person = other.person = True
+    before = signal.getsignal(signal.SIGTERM)
+    with console, pytest.raises(SystemExit) as stop:
+        readline.add_history("mine")
+        signal.raise_signal(signal.SIGTERM)
+    assert stop.value.code == 128 + signal.SIGTERM and signal.getsignal(signal.SIGTERM) == before
+    with other:
+        readline.add_history("theirs")
+    assert (tmp_path / "history").read_text().splitlines() == ["mine", "theirs"]
+    bad = Console(str(tmp_path / "history/below"), [], [])
+    bad.person = True
+    with bad:
+        readline.add_history("lost")
+    assert capsys.readouterr().err.count("history/below: Not a directory") == 2
+    monkeypatch.setattr("builtins.input", lambda prompt: b"\xff".decode())
+    with pytest.raises(DataError, match="not UTF-8"):
+        bad.read("")
+
+
 def test_columns_fit_whatever_the_text():
     text = "words and words 日本語日本語 👩‍👩‍👧 " * 6 + "x" * 90 + "\n\nend"
     for width in (20, 40, 80):
@@ -353,26 +435,37 @@ def test_columns_fit_whatever_the_text():
 
 
 def terminal(models: Path, tmp_path: Path, *arguments, columns=80, **environment) -> pexpect.spawn:
+    (tmp_path / "inputrc").write_text("set enable-bracketed-paste off\n")
     child = pexpect.spawn(sys.executable, [str(ROOT / "generate.py"), "--model", str(models / "policy"), *map(str, arguments)],
                           encoding="utf-8", timeout=60, dimensions=(24, columns), cwd=tmp_path,
                           env=os.environ | {"XDG_STATE_HOME": str(tmp_path), "TERM": "xterm", "OMP_NUM_THREADS": "1",
-                                            "PYTHONPATH": str(ROOT), "PYTHONUTF8": "1"} | environment)
+                                            "PYTHONPATH": str(ROOT), "PYTHONUTF8": "1",
+                                            "INPUTRC": str(tmp_path / "inputrc")} | environment)
     child.expect(">>> ")
-    child.delaybeforesend = 0.2  # readline must have taken the terminal before a control character comes
     return child
+
+
+def interrupt(child: pexpect.spawn, answer: str) -> None:
+    """Ctrl-C at the prompt, as often as it takes: CPython's readline looks for signals only where one interrupts its `select`,
+    so that one which comes while it takes a key in waits for the next (a person's hands are too slow for that).
+    """
+    for _ in range(12):
+        child.sendintr()
+        if child.expect([answer, pexpect.TIMEOUT], timeout=5) == 0:
+            return
+    raise AssertionError(child.before)
 
 
 def test_a_terminal(models, tmp_path):
     child = terminal(models, tmp_path, "--chat", "--seed", 1, "--max-new-tokens", 3000, "--min-new-tokens", 3000, NO_COLOR="1")
     child.sendline("a first message")
-    child.expect("a first message\r\n.")
-    time.sleep(0.5)
+    child.expect("a first message\r\n(?s:.)")  # the reply has begun
     child.sendintr()
     child.expect("reply stopped, it is kept")
     child.expect(">>> ")
     child.send("half a line")
-    child.sendintr()
-    child.expect("Ctrl-D or /bye leaves")
+    child.expect("half a line")
+    interrupt(child, "Ctrl-D or /bye leaves")
     child.expect(">>> ")
     child.sendline("/set max_new_tokens 5")
     child.expect("max_new_tokens = 5")
@@ -421,7 +514,6 @@ def test_a_terminal(models, tmp_path):
 
 
 def test_ctrl_c_ends_a_script(models, tmp_path):
-    import signal
     import subprocess
 
     child = subprocess.Popen([sys.executable, ROOT / "generate.py", "--chat", "--model", models / "policy", "--max-new-tokens",
@@ -443,3 +535,31 @@ def test_a_message_that_the_template_refuses_is_a_note_and_not_kept():
     assert not one.messages
     with pytest.raises(ConfigError, match="goes with --chat"):
         session(template="{}").say_system("x")
+
+
+def test_a_template_that_drops_a_part_of_earlier_replies_has_no_perplexity():
+    one = session()
+    one.speakers[0].backend.tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.content if loop.last or m.role == 'user' else '[' + m.content + ']' }}{% endfor %}")
+    one.ask("hi", [ignore])
+    assert one.perplexity() > 1
+    one.ask("you", [ignore])
+    assert one.perplexity() is None
+
+
+def test_replies_that_the_other_model_cannot_read_have_no_log_ratio():
+    short = session(speaker(0), speaker(1, window=40), params={"max_new_tokens": 30, "min_new_tokens": 30})
+    short.ask("hello hello", [ignore] * 2)
+    assert short.log_ratios() is None and len(short.replies[1].ids) < len(short.replies[0].ids) == 30
+    other = session(speaker(0), speaker(1))
+    other.ask("hi", [ignore] * 2)
+    assert other.log_ratios() is not None
+    other.speakers[1].backend.tokenizer._pieces = other.speakers[1].backend.tokenizer._pieces[:256][::-1]
+    assert other.log_ratios() is None
+
+
+def test_a_system_turn_without_room_is_refused():
+    one = session(speaker(window=32), system="x" * 60)
+    with pytest.raises(DataError, match=r"the system turn and the message make 6\d tokens of prompt, allowed are at most 31"):
+        one.ask("hi", [ignore])
+    assert not one.messages

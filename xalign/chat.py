@@ -20,7 +20,8 @@ import torch
 from xalign import logprobs
 from xalign.backends.base import SamplingParams
 from xalign.backends.native import NativeBackend
-from xalign.data.chat_template import Rendered, render
+from xalign.backends.text import prompt_ids
+from xalign.data.chat_template import NotCut, Rendered, render
 from xalign.data.collate import encode_pair
 from xalign.data.records import Message, PreferencePair, Text
 from xalign.data.sources import iter_pairs
@@ -39,7 +40,8 @@ Write = Callable[[str], object]
 class Reply:
     """What a model said, its token ids (none where a backend doesn't tell), and why it ended: stop, length, or stopped by hand.
 
-    Of the `prompt` tokens `reused` were in the cache; `first` and `seconds` passed until its first and its last token.
+    It came in so many `tokens`, of a foreign backend pieces of text. Of the `prompt` tokens (0: unknown) `reused` were in the
+    cache; `first` and `seconds` passed until its first and its last token.
     """
 
     text: str
@@ -58,9 +60,8 @@ class Speaker:
     def __init__(self, backend: Any, name: str):
         self.backend, self.name = backend, name
         self.native = isinstance(backend, NativeBackend)
-        self.kept = Kept()
         if self.native:
-            backend.kept = self.kept
+            backend.kept = Kept()
 
     @property
     def net(self) -> Any:
@@ -75,22 +76,32 @@ class Speaker:
         jinja = None if template is None else as_jinja(template)
         return render(self.backend.tokenizer, messages, jinja, add_generation_prompt=True, spell=spell)
 
+    def size(self, prompt: Text | Rendered) -> tuple[int, int] | None:
+        """Tokens of a prompt, and of prompt and reply together at most; None where only a server knows."""
+        if isinstance(prompt, Rendered):
+            return len(prompt.ids), self.net.max_seq_len
+        window = getattr(self.backend, "context", None)
+        return None if window is None else (len(prompt_ids(self.backend.tokenizer, prompt, self.backend.template)), window)
+
     def speak(self, prompt: Text | Rendered, params: SamplingParams, write: Write, halted: Callable[[], bool]) -> Reply:
         """Answer, telling `write` piece by piece, until the end, until `halted()`, or until a KeyboardInterrupt."""
-        began, first, pieces, stopped, held = time.monotonic(), 0.0, 0, False, ""
-        given, text = len(prompt.ids) if isinstance(prompt, Rendered) else 0, ""
-        if isinstance(prompt, Rendered):  # the window never moves in a reply
-            params = replace(params, max_new_tokens=min(params.max_new_tokens, self.net.max_seq_len - given))
+        began, first, pieces, stopped, held, text = time.monotonic(), 0.0, 0, False, "", ""
+        given, window = self.size(prompt) or (0, None)
+        if window is not None:  # which never moves in a reply
+            params = replace(params, max_new_tokens=min(params.max_new_tokens, window - given))
         if params.beams > 1:
             best = self.backend.generate([prompt], params)[0][0]
+            if best.error is not None:
+                raise DataError(best.error)
             write(best.text)
             seconds = time.monotonic() - began
             return Reply(best.text, best.token_ids, best.finish_reason, len(best.token_ids), given, 0, seconds, seconds)
         try:
             with closing(self.backend.stream(prompt, params)) as stream:
                 for piece in stream:
-                    pieces += 1
-                    first = first or time.monotonic() - began
+                    if piece or self.native:
+                        pieces += 1
+                        first = first or time.monotonic() - began
                     whole = (held + piece).rstrip(UNFINISHED)
                     held = (held + piece)[len(whole) :]
                     if whole:
@@ -102,12 +113,12 @@ class Speaker:
         except KeyboardInterrupt:
             stopped = True
         ids = tuple(self.backend.streamed) if self.native else ()
-        finish: Any = "stopped" if stopped else "length" if self.native and not self.backend.ended else "stop"
+        finish: Any = "stopped" if stopped else "stop" if self.backend.ended else "length"
         if held and finish == "stop":
             write(held)
             text += held
-        return Reply(text, ids, finish, len(ids) if self.native else pieces, given, self.kept.reused if given else 0, first,
-                     time.monotonic() - began)
+        return Reply(text, ids, finish, len(ids) if self.native else pieces, given,
+                     self.backend.kept.reused if self.native else 0, first, time.monotonic() - began)
 
 
 class Session:
@@ -174,8 +185,7 @@ class Session:
         while True:
             self.seen = self._context()
             prompts = [s.prompt(self.seen, self.template, self.spell) for s in self.speakers]
-            sizes = [(len(p.ids), s.net.max_seq_len) for s, p in zip(self.speakers, prompts, strict=True)
-                     if isinstance(p, Rendered)]
+            sizes = [size for s, p in zip(self.speakers, prompts, strict=True) if (size := s.size(p)) is not None]
             if all(n + min(self.params.max_new_tokens, window // 2) <= window for n, window in sizes):
                 return prompts
             later = [i for i in range(self.hidden + 1, len(self.messages)) if self.messages[i].role == "user"]
@@ -184,12 +194,16 @@ class Session:
             self.hidden = later[0]
         for n, window in sizes:
             if n >= window:
-                raise DataError(f"the message makes {n} tokens of prompt, allowed are at most {window - 1} of this model")
+                what = "the message makes" if self.system is None else "the system turn and the message make"
+                raise DataError(f"{what} {n} tokens of prompt, allowed are at most {window - 1} of this model")
         return prompts
 
     def _seeded(self) -> SamplingParams:
-        """The settings with a seed, which all speakers of a turn share: the one that was set, another one for each retry."""
-        if self.params.beams > 1 or (self.params.seed is None and not all(s.native for s in self.speakers)):
+        """The settings with a seed, which all speakers of a turn share: the one that was set, another one for each retry.
+
+        A foreign speaker that is alone gets one only if it was set.
+        """
+        if self.params.beams > 1 or (self.params.seed is None and len(self.speakers) == 1 and not self.speakers[0].native):
             return self.params
         seed = secrets.randbelow(2**31) if self.params.seed is None else self.params.seed
         return replace(self.params, seed=(seed + self.retries) % 2**63)
@@ -255,7 +269,9 @@ class Session:
 
     @torch.no_grad()
     def log_ratios(self) -> list[float] | None:
-        """beta (log pi - log ref) of both newest replies, nats, all their tokens; None if the models read different tokens."""
+        """beta (log pi - log ref) of both newest replies, nats, all their tokens; None if the models read different tokens, or
+        one has no room for the other's.
+        """
         a, b = self.prompts if len(self.replies) == 2 else (None, None)
         if not (isinstance(a, Rendered) and isinstance(b, Rendered) and a.ids == b.ids):
             return None
@@ -263,9 +279,11 @@ class Session:
         for reply in self.replies:
             tokens = torch.tensor([[*a.ids, *reply.ids]])
             logps = []
+            if len({s.backend.tokenizer.decode(reply.ids) for s in self.speakers}) > 1:
+                return None
             for speaker in self.speakers:
                 net = speaker.net
-                if max(reply.ids, default=0) >= net.num_tokens:
+                if max(reply.ids, default=0) >= net.num_tokens or tokens.shape[1] > net.max_seq_len:
                     return None
                 here = tokens.to(net.token_emb.weight.device)
                 with evaluating(net):
@@ -291,7 +309,7 @@ class Session:
                 prompt, sides = self.template.replace("{}", self.seen[-1].content), [chosen.text, rejected.text]
             pair = PreferencePair(prompt, *sides)
             if pair.identical:
-                raise ConfigError("both replies are the same text, which makes no pair")
+                raise ConfigError("both replies are the same text, which makes no pair; allowed is tie")
             fields = {name: getattr(pair, name) for name in ("prompt", "chosen", "rejected")}
             append_line(self.picks, {k: v if isinstance(v, str) else as_dicts(v) for k, v in fields.items()})
             self.messages[-1] = Message("assistant", chosen.text)
@@ -305,11 +323,16 @@ class Session:
         speaker, messages = self.speakers[0], self._context()
         if not speaker.native or self.template is not None or not any(m.role == "assistant" for m in messages):
             return None
-        shown = render(speaker.backend.tokenizer, messages, spell=self.spell)
-        tokens = torch.tensor([shown.ids], device=speaker.net.token_emb.weight.device)[:, : speaker.net.max_seq_len]
-        with evaluating(speaker.net):
-            logps, scored = logprobs.scored_logprobs(speaker.net, tokens, torch.tensor([shown.loss_mask])[:, : tokens.shape[1]])
-        return float((-logps.masked_fill(~scored, 0).sum() / scored.sum()).exp())
+        try:
+            shown = render(speaker.backend.tokenizer, messages, spell=self.spell)
+        except NotCut:  # the template drops a part of earlier replies
+            return None
+        net = speaker.net
+        tokens, mask = (torch.tensor([row[: net.max_seq_len]], device=net.token_emb.weight.device)
+                        for row in (shown.ids, shown.loss_mask))
+        with evaluating(net):
+            logps, scored = logprobs.scored_logprobs(net, tokens, mask)
+        return float((-logps.masked_fill(~scored, 0).sum() / scored.sum()).exp()) if scored.any() else None
 
 
 def held_out_perplexity(speaker: Speaker, path: str, limit: int = 200) -> tuple[Estimate, int]:
@@ -341,7 +364,7 @@ def read_transcript(path: str) -> list[Message]:
         with writing(path):
             held = json.loads(Path(path).read_text(encoding="utf-8"))
         messages = [Message(m["role"], m["content"]) for m in held["messages"]]
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise DataError(f"{path}: no conversation that /save wrote ({' '.join(str(error).split())})") from None
     turns = [m.role for m in messages if m.role != "system"]
     if turns != ["user", "assistant"] * (len(turns) // 2) or any(m.role == "system" for m in messages[1:]):

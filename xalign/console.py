@@ -7,6 +7,7 @@ import contextlib
 import os
 import re
 import shutil
+import signal
 import sys
 import textwrap
 import unicodedata
@@ -29,17 +30,20 @@ class Console:
     """Gives messages one by one. With a `person` there is editing, completion and a history that lasts, else no prompt."""
 
     def __init__(self, history: str | None, commands: Sequence[str], settings: Sequence[str]):
-        self.person = sys.stdin.isatty() and sys.stdout.isatty()
+        self.person = all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stdout))
         self.line = 0
         state = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
-        self.history = Path(history or f"{state}/xalign/history").expanduser()
+        self.history = Path(os.path.expanduser(history or f"{state}/xalign/history"))
         self.commands, self.settings = list(commands), list(settings)
         self.readline: Any = None
         self.before = 0
+        self.handlers: dict[int, Any] = {}
 
     def __enter__(self) -> "Console":
         if not self.person:
             return self
+        # the history is kept, and the terminal becomes what it was
+        self.handlers = {number: signal.signal(number, _leave) for number in (signal.SIGTERM, signal.SIGHUP)}
         try:
             import readline
         except ImportError:  # not every Python has it
@@ -59,6 +63,8 @@ class Console:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
         if self.readline is None:
             return
         self.readline.set_completer(None)
@@ -82,15 +88,14 @@ class Console:
     def read(self, prompt: str) -> str | None:
         """A line without its end, None behind the last."""
         self.line += 1
-        if self.person:
-            try:
-                return input(prompt)
-            except EOFError:
-                print()
-                return None
         try:
-            raw = sys.stdin.buffer.readline()
+            if self.person:
+                return input(prompt)
+            raw = b"" if sys.stdin is None else sys.stdin.buffer.readline()
             return raw.decode("utf-8").rstrip("\r\n") if raw else None
+        except EOFError:
+            print()
+            return None
         except UnicodeDecodeError as error:
             raise DataError(f"not UTF-8 ({error.reason} at byte {error.start} of the line)") from None
 
@@ -108,10 +113,8 @@ class Console:
                 last = more.rstrip()[: -len(QUOTES)]
                 return "\n".join([*lines, last] if last else lines), True
             lines.append(more)
-        if not self.person:
-            self.line = began
-            raise DataError(f"{QUOTES} begins a message that doesn't end")
-        return None, False
+        self.line = began
+        raise DataError(f"{QUOTES} begins a message that doesn't end")
 
     def _prompt(self, text: str, paint: Paint) -> str:
         """With colours in marks, so that readline knows how wide it is."""
@@ -119,6 +122,10 @@ class Console:
             return text
         start, _, end = paint(text, "bold").partition(text)
         return f"\001{start}\002{text}\001{end}\002" if self.readline else start + text + end
+
+
+def _leave(number: int, frame: Any) -> None:
+    raise SystemExit(128 + number)
 
 
 def columns() -> int:

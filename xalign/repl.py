@@ -3,6 +3,7 @@
 Replies and what a command shows go to stdout, notes to stderr. A person's mistake is a note; a script's ends it, with its line.
 """
 
+import os
 import re
 import shlex
 import signal
@@ -18,7 +19,7 @@ from xalign.backends.base import SamplingParams
 from xalign.chat import INPUT_TEMPLATE, Reply, Session, Speaker, held_out_perplexity
 from xalign.config import GenerateConfig
 from xalign.console import Console, columns, side_by_side, table
-from xalign.display import Paint
+from xalign.display import Paint, visible
 from xalign.errors import ConfigError, XalignError, nearest
 from xalign.flags import LIMITS
 from xalign.loading import load
@@ -31,7 +32,7 @@ HELP = {
     "/set NAME VALUE": "change a setting: " + ", ".join(SETTINGS) + "; system; `/set greedy`",
     "/show": "model, settings, and how full the context is; `/show history` the conversation; "
              "`/show perplexity FILE` of its preference pairs",
-    "/system TEXT": "change the system turn; `none` takes it away",
+    "/system TEXT": "change the system turn; `none` takes it away; without a text it is shown",
     "/clear": "forget the conversation (also: clear)",
     "/save FILE": "write the conversation",
     "/load FILE": "go on from a saved one",
@@ -106,19 +107,19 @@ class Repl:
                 what = error if isinstance(error, XalignError) else f"{error.filename or 'system'}: {error.strerror or error}"
                 if not self.console.person:
                     raise ConfigError(f"standard input:{self.console.line}: {what}") from None
-                say(self.paint(f"error: {what}", "red"))
+                say(self.paint(f"error: {visible(str(what))}", "red"))
 
     def take(self, text: str, literal: bool) -> None:
         """A message, or, unless it is `literal`, a command."""
         word = text.strip().lower()
         if not literal and word in ("exit", "clear"):
             text = {"exit": "/bye", "clear": "/clear"}[word]
-        if literal or not text.startswith("/"):
+        if literal or not text.lstrip().startswith("/"):
             if text.strip():
                 self.answer(lambda write, halted: self.session.ask(text, write, halted))
             return
-        name, _, rest = text.strip().partition(" ")
-        name, rest = ALIASES.get(name.lower(), name.lower()), rest.strip()
+        name, rest = [*text.strip().split(None, 1), ""][:2]
+        name = ALIASES.get(name.lower(), name.lower())
         if name not in COMMANDS:
             raise ConfigError(f"no command {name}{nearest(name, COMMANDS)}; /help lists them; what looks like one and is "
                               'a message stands in """')
@@ -142,13 +143,13 @@ class Repl:
             say(f"(the context is full: the model no longer sees the oldest {many} turn{'s' * (many > 1)}, {left} in all)")
         if not alone:
             self.compared(replies)
-        for reply, name in zip(replies, "AB", strict=False):
+        for reply, name, speaker in zip(replies, "AB", session.speakers, strict=False):
             which = "" if alone else f" {name}"
             if reply.finish == "stopped":
                 kept = ", it is kept as far as it came" if reply.text else ": the message is taken back"
                 say(f"(reply{which} stopped{kept})")
             elif reply.finish == "length":
-                say(f"(reply{which} cut off after {reply.tokens} tokens: max_new_tokens or the context)")
+                say(f"(reply{which} cut off after {reply.tokens} {units(speaker)}: max_new_tokens or the context)")
 
     def show(self, piece: str) -> None:
         if sys.stdout.isatty():
@@ -173,8 +174,8 @@ class Repl:
             say(self.paint("(/pick a, b or tie)", "dim"))
 
     def do_set(self, rest: str) -> None:
-        name, _, value = rest.partition(" ")
-        name, value = name.replace("-", "_").lower(), value.strip()
+        name, value = [*rest.split(None, 1), "", ""][:2]
+        name = name.replace("-", "_").lower()
         if name == "greedy" and not value:
             name, value = "temperature", "0"
         if name == "system":
@@ -193,8 +194,8 @@ class Repl:
                 print(f"{self.paint(message.role + ':', 'cyan')} ", end="")
                 self.show(message.content + "\n")
             return
-        if rest.startswith("perplexity "):
-            path = str(Path(rest.partition(" ")[2].strip()).expanduser())
+        if rest.split(None, 1)[:1] == ["perplexity"]:
+            path = self._file("/show perplexity", rest.removeprefix("perplexity").strip())
             for speaker in session.speakers:
                 figure, count = held_out_perplexity(speaker, path)
                 table([(speaker.name, f"perplexity {figure} of the completions of {count} pairs")])
@@ -210,7 +211,7 @@ class Repl:
             rows += [("compared with", session.speakers[1].name),
                      ("picks", ", ".join(f"{k} {n}" for k, n in session.picked.items()) + f" ({session.picks})")]
         rows += [("input template", repr(session.template))] if session.template is not None else [
-            ("system", session.system if session.system is not None else "none"),
+            ("system", visible(session.system) if session.system is not None else "none"),
             ("turns", f"{len(session.messages) // 2}, {session.hidden // 2} of them no longer seen")]
         default = SamplingParams()
         rows += [(name, str(getattr(session.params, name))) for name in SETTINGS
@@ -218,8 +219,9 @@ class Repl:
         table(rows)
 
     def do_system(self, rest: str) -> None:
-        self.session.say_system(None if rest in ("", "none") else rest)
-        print(f"system = {self.session.system if self.session.system is not None else 'none'}")
+        if rest:
+            self.session.say_system(None if rest == "none" else rest)
+        print(f"system = {visible(self.session.system) if self.session.system is not None else 'none'}")
 
     def do_clear(self, rest: str) -> None:
         self.session.clear()
@@ -235,9 +237,9 @@ class Repl:
 
     @staticmethod
     def _file(command: str, rest: str) -> str:
-        if not rest:
+        if not rest or "\0" in rest:
             raise ConfigError(f"{command} needs a file")
-        return str(Path(rest).expanduser())
+        return os.path.expanduser(rest)
 
     def do_retry(self, rest: str) -> None:
         if not self.session.messages:
@@ -259,15 +261,17 @@ class Repl:
         for reply, speaker in zip(session.replies, session.speakers, strict=False):
             after = reply.seconds - reply.first
             pace = f"{(reply.tokens - 1) / after:.1f}" if reply.tokens > 1 and after > 0 else "-"
-            rows = [("model", speaker.name), ("reply", f"{reply.tokens} tokens, {reply.seconds:.2f} s, end: {reply.finish}"),
-                    ("first token", f"after {1000 * reply.first:.0f} ms"), ("pace", f"{pace} tokens/s after it")]
+            unit = units(speaker)
+            rows = [("model", speaker.name), ("reply", f"{reply.tokens} {unit}, {reply.seconds:.2f} s, end: {reply.finish}"),
+                    (f"first {unit[:-1]}", f"after {1000 * reply.first:.0f} ms"), ("pace", f"{pace} {unit}/s after it")]
             if speaker.native:
-                kept = speaker.kept
+                kept = speaker.backend.kept
                 size = sum(t.nbytes for t in (*kept.prefix.keys, *kept.prefix.values)) / 1e6
                 rows += [("prompt", f"{reply.prompt} tokens, {reply.reused} of them in the cache"),
                          ("cache", f"{len(kept.ids)} of {speaker.net.max_seq_len} tokens, {size:.1f} MB")]
             table(rows)
-        table([("in all", f"{session.turns} {'reply' if session.turns == 1 else 'replies'}, {session.spoken} tokens")])
+        turns = f"{session.turns} {'reply' if session.turns == 1 else 'replies'}"
+        table([("in all", f"{turns}, {session.spoken} {units(session.speakers[0])}")])
 
     def do_help(self, rest: str) -> None:
         table(list(HELP.items()))
@@ -283,7 +287,10 @@ def as_setting(name: str, value: str) -> Any:
         try:
             words = shlex.shlex(value, posix=True, punctuation_chars=False)
             words.whitespace_split, words.escape, words.commenters = True, "", ""
-            return () if value == "none" else tuple(s.replace("\\n", "\n") for s in words)
+            strings = () if value == "none" else tuple(s.replace("\\n", "\n") for s in words)
+            if "" in strings:
+                raise ValueError("an empty string")
+            return strings
         except ValueError as error:
             raise ConfigError(f"/set stop {value}: {error}, allowed are words, each in quotes where it has blanks") from None
     if value == "none" and "None" in hint:
@@ -300,9 +307,14 @@ def as_setting(name: str, value: str) -> Any:
     return number
 
 
+def units(speaker: Speaker) -> str:
+    """What a reply comes in: a server's pieces are not always tokens."""
+    return "tokens" if speaker.native else "pieces"
+
+
 def described(speaker: Speaker) -> list[tuple[str, str]]:
     """Size, precision and context of a model of ours."""
-    net, kept = speaker.net, speaker.kept
+    net, kept = speaker.net, speaker.backend.kept
     layers = [m for m in net.modules() if isinstance(m, QuantizedLinear)]
     rows = [("weights", f"{parameter_count(net) + sum(m.in_features * m.out_features for m in layers):,} parameters, "
                         f"{sum(t.nbytes for t in (*net.parameters(), *net.buffers())) / 1e6:.1f} MB, "
@@ -328,16 +340,18 @@ def opened(config: GenerateConfig) -> Session:
         if "\\n" in template:
             say("warning: --input-template holds a backslash and an n, which is what the model sees; in bash a line end is "
                 "written $'User: {}\\nAssistant: '")
+    if talk.allow_special_tokens and options.backend != "native":
+        raise ConfigError(f"--allow-special-tokens doesn't go with --backend {options.backend}")
     if options.prompts is not None or options.json:
         raise ConfigError(f"{'--json' if options.json else '--prompts'} doesn't go with --interactive or --compare")
     params = SamplingParams(**{name: getattr(draw, name) for name in SamplingParams.__dataclass_fields__})
+    other = talk.compare
+    if other == "reference":
+        other = options.model if options.adapter else str(Path(options.model).parent / "reference")
+        if not options.adapter and not Path(other).is_dir():
+            raise ConfigError(f"--compare: {options.model} has no reference beside it, allowed is a model's folder or name")
     speakers = [Speaker(load(options.model, options, draw, options.adapter), options.model)]
-    if talk.compare is not None:
-        other = talk.compare
-        if other == "reference":
-            other = options.model if options.adapter else str(Path(options.model).parent / "reference")
-            if not options.adapter and not Path(other).is_dir():
-                raise ConfigError(f"--compare: {options.model} has no reference beside it, allowed is a model's folder or name")
+    if other is not None:
         name = other + " without adapter" * (other == options.model and options.adapter is not None)
         speakers.append(Speaker(load(other, options, draw, None), name))
     if options.chat and speakers[0].native and not speakers[0].backend.tokenizer.chat_template:

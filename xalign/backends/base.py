@@ -102,6 +102,8 @@ class Backend(ABC):
     supports: frozenset[str] = frozenset(SamplingParams.__dataclass_fields__)
     unsupported: str = "error"
     template: str | None = None
+    ended: bool = True
+    """Whether the newest stream came to its own end, not to its length; true where an engine doesn't tell."""
 
     @abstractmethod
     def generate(self, prompts: Sequence[Text], params: SamplingParams, progress: str = "", *,

@@ -40,8 +40,7 @@ class NativeBackend(Backend):
         self.tokenizer, self.batch_size, self.cache_tokens = tokenizer, batch_size, cache_tokens
         self.name, self.context = name, context
         self.kept: Kept | None = None  # of `stream`: what a chat has run so far
-        self.streamed: list[int] = []  # the token ids of the newest stream, and whether an end was among them
-        self.ended = False
+        self.streamed: list[int] = []  # the token ids of the newest stream
 
     def refresh(self, checkpoint: str) -> None:
         """The weights of a checkpoint folder (or hub name); its tokenizer is taken for the same."""

@@ -316,22 +316,34 @@ class OpenAIBackend(Backend):
         return made
 
     def stream(self, prompt: Text, params: SamplingParams) -> Iterator[str]:
-        """See `Backend.stream`; a connection that breaks is not tried again, as part of the text has been shown."""
-        params = _run(self._met(params))
+        """See `Backend.stream`; a server that doesn't stream gives the whole text in one piece. A connection that breaks is not
+        tried again, as part of the text has been shown.
+        """
+        from httpx import HTTPError, StreamError  # the client's own transport, whose errors a stream lets through
+
+        self.ended, params = True, _run(self._met(params))
         kind, body = self.request(prompt, params, None if params.seed is None else params.seed % 2**31, 1)
         extra = {name: body.pop(name) for name in list(body) if name not in NAMED}
         cutter = StopStrings(params.stop)
         with self._client(self.library.OpenAI) as client:
             endpoint = client.chat.completions if kind == "chat" else client.completions
             try:
-                for chunk in endpoint.create(**body, extra_body=extra or None, stream=True):
-                    if not chunk.choices:
-                        continue
-                    choice = chunk.choices[0]
-                    yield cutter.push((choice.delta.content if kind == "chat" else choice.text) or "")
+                answer = endpoint.with_raw_response.create(**body, extra_body=extra or None, stream=True)
+                if "json" in answer.headers.get("content-type", ""):
+                    reply = json.loads(answer.http_response.read())
+                    (whole,) = self._read(reply if isinstance(reply, dict) else {}, kind, params, 1, 0.0)
+                    self.ended = whole.finish_reason == "stop"
+                    yield whole.text
+                    return
+                for chunk in answer.parse():
+                    for choice in (getattr(chunk, "choices", None) or [])[:1]:
+                        part = getattr(choice, "delta", None) if kind == "chat" else choice
+                        yield cutter.push(getattr(part, "content" if kind == "chat" else "text", None) or "")
+                        self.ended = getattr(choice, "finish_reason", None) != "length"
                     if cutter.stopped is not None:
+                        self.ended = True
                         return
-            except self.library.OpenAIError as error:
+            except (self.library.OpenAIError, HTTPError, StreamError, ValueError, TryAgain) as error:
                 raise DataError(f"{self.name} at {self.base_url}: {self._safe(error)}") from None
             yield cutter.flush()
 

@@ -150,31 +150,35 @@ class TransformersBackend(Backend):
         params = self.checked(params)
         ids = fitted_ids(self.tokenizer, prompt, self.template, params, self.context)
         seed = params.seed if params.seed is not None else int(torch.randint(2**62, ()))
-        pieces: SimpleQueue[Any] = SimpleQueue()
+        streamer = _Streamer()
         threading.Thread(
-            target=self._produce, args=(ids, sampling.row_keys(seed, 1).tolist(), params, pieces), daemon=True
+            target=self._produce, args=(ids, sampling.row_keys(seed, 1).tolist(), params, streamer), daemon=True
         ).start()
         tokens: list[int] = []
         shown, cutter, ended = 0, StopStrings(params.stop), False
-        while not ended and (piece := pieces.get()) is not None:
-            if isinstance(piece, BaseException):
-                raise piece
-            tokens += piece
-            ended = bool(tokens) and tokens[-1] in self.stops(params.stop)
-            text = self.tokenizer.decode(tokens[:-1] if ended else tokens, skip_special_tokens=True)
-            whole = text if ended else text.rstrip(UNFINISHED)
-            if len(whole) > shown:
-                yield cutter.push(whole[shown:])
-                shown = len(whole)
-            ended = ended or cutter.stopped is not None
-        yield cutter.flush()
-
-    def _produce(self, ids: list[int], seeds: list[int], params: SamplingParams, pieces: "SimpleQueue[Any]") -> None:
         try:
-            self._batch([ids], seeds, params, streamer=_Streamer(pieces))
-            pieces.put(None)
+            while not ended and (piece := streamer.pieces.get()) is not None:
+                if isinstance(piece, BaseException):
+                    raise piece
+                tokens += piece
+                ended = bool(tokens) and tokens[-1] in self.stops(params.stop)
+                text = self.tokenizer.decode(tokens[:-1] if ended else tokens, skip_special_tokens=True)
+                whole = text if ended else text.rstrip(UNFINISHED)
+                if len(whole) > shown:
+                    yield cutter.push(whole[shown:])
+                    shown = len(whole)
+                ended = ended or cutter.stopped is not None
+            self.ended = ended
+            yield cutter.flush()
+        finally:
+            streamer.left = True
+
+    def _produce(self, ids: list[int], seeds: list[int], params: SamplingParams, streamer: "_Streamer") -> None:
+        try:
+            self._batch([ids], seeds, params, streamer=streamer)
+            streamer.pieces.put(None)
         except BaseException as error:  # it is raised where the text is read
-            pieces.put(error)
+            streamer.pieces.put(error)
 
     def close(self) -> None:
         del self.model
@@ -228,12 +232,18 @@ class _Stopped:
 
 
 class _Streamer:
-    """Puts tokens into a queue as they come; the first that transformers shows is the prompt."""
+    """Puts tokens into a queue as they come; the first that transformers shows is the prompt.
 
-    def __init__(self, pieces: "SimpleQueue[Any]"):
-        self.pieces, self.seen = pieces, False
+    A reader that has `left` ends the model's run.
+    """
+
+    def __init__(self) -> None:
+        self.pieces: SimpleQueue[Any] = SimpleQueue()
+        self.seen = self.left = False
 
     def put(self, tokens: Tensor) -> None:
+        if self.left:
+            raise InterruptedError
         if self.seen:
             self.pieces.put(tokens.reshape(-1).tolist())
         self.seen = True

@@ -106,6 +106,7 @@ class VLLMBackend(Backend):
         (completion,), = self.generate([prompt], params)
         if completion.error:
             raise DataError(completion.error)
+        self.ended = completion.finish_reason == "stop"
         yield completion.text
 
     def close(self) -> None:

@@ -166,6 +166,6 @@ class Kept:
     def take(self, text: Tensor, buffer: DecodeBuffer, dtype: torch.dtype) -> None:
         """Hold what the first row of a buffer holds of its `text` (n,); keys and values in `dtype`, the model's own."""
         n = int(buffer.lengths[0])
-        self.ids = text[:n].tolist()
         keys, values = ([t[:1, :, :n].to(dtype) for t in ts] for ts in (buffer.keys, buffer.values))
-        self.prefix = Prefix(keys, values, None, n)
+        ids, prefix = text[:n].tolist(), Prefix(keys, values, None, n)
+        self.ids, self.prefix = ids, prefix  # together: Ctrl-C may come anywhere
