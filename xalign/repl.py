@@ -83,7 +83,7 @@ class Repl:
 
     def __init__(self, session: Session, console: Console):
         self.session, self.console, self.paint = session, console, Paint("auto")
-        self.ticks = 0  # pieces of the replies that are being written
+        self.pieces = 0  # of the replies that are being written
 
     def run(self) -> None:
         """Until the end of the input, /bye, or, of a script, the first mistake: `ConfigError` with its line."""
@@ -128,13 +128,14 @@ class Repl:
     def answer(self, ask: Callable[..., list[Reply]]) -> None:
         """Have the message answered, as it comes or side by side."""
         session, hidden = self.session, self.session.hidden
-        alone, self.ticks = len(session.speakers) == 1, 0
+        alone, self.pieces = len(session.speakers) == 1, 0
         with Halt(self.console.person, not all(s.native for s in session.speakers)) as halted:
-            replies = ask([self.show if alone else self.tick] * len(session.speakers), halted)
-        if alone:
-            print(flush=True)
-        elif self.ticks:
-            print("\r" + " " * 20 + "\r", end="", flush=True, file=sys.stderr)
+            try:
+                replies = ask([self.show if alone else self.tick] * len(session.speakers), halted)
+            except (XalignError, OSError):
+                self.end_line(alone and self.pieces > 0)
+                raise
+        self.end_line(alone)
         if replies[-1].finish == "stopped" and not self.console.person:
             raise KeyboardInterrupt
         if session.hidden > hidden:
@@ -151,7 +152,15 @@ class Repl:
             elif reply.finish == "length":
                 say(f"(reply{which} cut off after {reply.tokens} {units(speaker)}: max_new_tokens or the context)")
 
+    def end_line(self, alone: bool) -> None:
+        """Behind a reply that was shown as it came; or, of several, the signs of life go."""
+        if alone:
+            print(flush=True)
+        elif self.pieces and len(self.session.speakers) > 1:
+            print("\r" + " " * 20 + "\r", end="", flush=True, file=sys.stderr)
+
     def show(self, piece: str) -> None:
+        self.pieces += 1
         if sys.stdout.isatty():
             piece = CONTROL.sub(lambda c: ascii(c[0])[1:-1], piece)
         print(piece, end="", flush=True)
@@ -159,8 +168,8 @@ class Repl:
     def tick(self, piece: str) -> None:
         """A sign of life while replies are written that are shown together."""
         if self.console.person:
-            self.ticks += 1
-            print(f"\r({self.ticks} pieces)", end="", flush=True, file=sys.stderr)
+            self.pieces += 1
+            print(f"\r({self.pieces} pieces)", end="", flush=True, file=sys.stderr)
 
     def compared(self, replies: list[Reply]) -> None:
         """Two replies side by side, or on a narrow terminal one under the other, each with its log-ratio."""
