@@ -24,7 +24,8 @@ class Paint:
     """Puts ANSI colours around text, or doesn't: `auto` asks the terminal and NO_COLOR (https://no-color.org)."""
 
     def __init__(self, mode: ColorMode = "auto"):
-        terminal = sys.stdout.isatty() and os.environ.get("TERM") != "dumb" and not os.environ.get("NO_COLOR")
+        terminal = sys.stdout is not None and sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+        terminal = terminal and not os.environ.get("NO_COLOR")
         self.on = terminal if mode == "auto" else mode == "always"
 
     def __call__(self, text: str, *styles: str) -> str:

@@ -161,7 +161,7 @@ class Repl:
 
     def show(self, piece: str) -> None:
         self.pieces += 1
-        if sys.stdout.isatty():
+        if sys.stdout is not None and sys.stdout.isatty():
             piece = CONTROL.sub(lambda c: ascii(c[0])[1:-1], piece)
         print(piece, end="", flush=True)
 
@@ -190,7 +190,8 @@ class Repl:
         if name == "system":
             return self.do_system(value)
         if name not in SETTINGS:
-            raise ConfigError(f"/set {name}: no setting{nearest(name, SETTINGS)}; allowed are {', '.join(SETTINGS)}, system")
+            what = f"/set {name}: no setting{nearest(name, SETTINGS)}" if name else "/set needs a name and a value"
+            raise ConfigError(f"{what}; allowed are {', '.join(SETTINGS)}, system")
         if not value:
             raise ConfigError(f"/set {name} needs a value, it is {getattr(self.session.params, name)}")
         self.session.params = replace(self.session.params, **{name: as_setting(name, value)})
