@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -99,7 +100,21 @@ def test_a_stream_is_the_text(native, foreign, which):
     backend = native if which == "native" else foreign
     for params in (SamplingParams(max_new_tokens=20, seed=3), SamplingParams(max_new_tokens=20, temperature=0, stop=("e",))):
         for prompt in (PROMPTS[2], CHATS[0]):
-            assert "".join(backend.stream(prompt, params)) == backend.generate([prompt], params)[0][0].text
+            (whole,) = backend.generate([prompt], params)[0]
+            assert "".join(backend.stream(prompt, params)) == whole.text and backend.ended == (whole.finish_reason == "stop")
+
+
+def test_a_stream_that_is_left_ends_the_model_too(foreign):
+    calls = []
+    hook = foreign.model.register_forward_hook(lambda *_: calls.append(time.sleep(0.05)))
+    stream = foreign.stream(PROMPTS[1], SamplingParams(max_new_tokens=80, min_new_tokens=80, seed=1))
+    next(stream)
+    stream.close()
+    time.sleep(0.3)
+    count = len(calls)
+    time.sleep(0.2)
+    hook.remove()
+    assert len(calls) == count < 80
 
 
 def test_draws_know_neither_batches_nor_what_was_asked_before(native, foreign):

@@ -214,6 +214,18 @@ def test_any_backend_with_stream_talks_and_an_interrupt_keeps_what_came():
     assert one.log_ratios() is None and one.perplexity() is None
 
 
+def test_another_engine_hides_whole_turns_too_where_its_window_is_known(monkeypatch):
+    monkeypatch.setattr("xalign.chat.prompt_ids", lambda tokenizer, prompt, template: [0] * sum(len(m.content) for m in prompt))
+    backend = Scripted("a" * 10)
+    backend.tokenizer, backend.template, backend.context = None, None, 64
+    one = Session([Speaker(backend, "other")], SamplingParams(max_new_tokens=20), system="S")
+    for _ in range(5):
+        one.ask("b" * 10, [ignore])
+    assert [m.role for m in backend.prompt] == ["system", "user", "assistant", "user"] and one.hidden == 6
+    with pytest.raises(DataError, match="make 101 tokens of prompt, allowed are at most 63"):
+        one.ask("b" * 100, [ignore])
+
+
 def test_characters_of_several_tokens_come_whole_and_none_is_cut_in_two(monkeypatch):
     text = "日本 👩‍👩‍👧 é"
     one = speaker()
