@@ -410,6 +410,8 @@ def test_a_server_talks_too(monkeypatch, capsys):
     with Server(finish="length") as server:  # one that doesn't stream
         status, out, err = talk(monkeypatch, capsys, "hi\n", *options, "--base-url", server.url)
         assert (status, out) == (0, "answer to hi\n") and "cut off after 1 pieces" in err
+    status, _, err = talk(monkeypatch, capsys, "hi\n", *options, "--base-url", server.url)
+    assert status == 2 and "127.0.0.1" in err and "connection" in err.lower()
     assert talk(monkeypatch, capsys, "", "--base-url", "http://127.0.0.1:1/v1")[2].startswith("error: --base-url goes with")
 
 

@@ -364,6 +364,9 @@ def opened(config: GenerateConfig) -> Session:
     if other is not None:
         name = other + " without adapter" * (other == options.model and options.adapter is not None)
         speakers.append(Speaker(load(other, options, draw, None), name))
+    if options.backend == "openai":  # a person waits, and asks for one thing at a time
+        for speaker in speakers:
+            speaker.backend.tries, speaker.backend.concurrency = 3, 1
     if options.chat and speakers[0].native and not speakers[0].backend.tokenizer.chat_template:
         say(f"{options.model} has no chat template: xalign's own is used")
     return Session(speakers, params, template=template, system=options.system, spell=not talk.allow_special_tokens,

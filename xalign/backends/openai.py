@@ -339,7 +339,7 @@ class OpenAIBackend(Backend):
                     for choice in (getattr(chunk, "choices", None) or [])[:1]:
                         part = getattr(choice, "delta", None) if kind == "chat" else choice
                         yield cutter.push(getattr(part, "content" if kind == "chat" else "text", None) or "")
-                        self.ended = getattr(choice, "finish_reason", None) != "length"
+                        self.ended = self.ended and getattr(choice, "finish_reason", None) != "length"
                     if cutter.stopped is not None:
                         self.ended = True
                         return
