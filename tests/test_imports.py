@@ -51,7 +51,7 @@ FLOORS = [
     "training",
     "backends.base",
     "backends.native",
-    "evaluation.metrics",
+    "evaluation.metrics evaluation.intervals",
     "data.replies",
     "scoring",
     "evaluation.compare",
