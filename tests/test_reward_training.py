@@ -13,7 +13,7 @@ from conftest import LLAMA, tiny
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from test_distributed import run, torchrun
+from test_distributed import log, run, torchrun
 
 from xalign import RewardModel, losses, save_pretrained
 from xalign.cli import main
@@ -354,7 +354,7 @@ def test_conversations_from_scratch(tmp_path, capsys):
     (["--model", "nowhere"], "nowhere: no config.json there"),
     (["--dataset", "nowhere.jsonl"], "nowhere.jsonl"),
     (["--dataset-weights", "1", "2"], "--dataset-weights has 2 numbers for 1 file,"),
-    (["--dataset", "x.jsonl", "./x.jsonl"], "./x.jsonl is given twice, allowed is once (--dataset-weights 2 takes each record"),
+    (["--dataset", ROOT / "data/test.jsonl", ROOT / "data/../data/test.jsonl"], "test.jsonl is given twice, allowed is once ("),
     (["--load-in-4bit"], "without --lora-r"),
     (["--value-head-prefix", "x"], "--value-head-prefix x goes with a --model that is a reward model"),
     (["--beta", "1"], "unknown flag --beta"),
@@ -373,6 +373,8 @@ def test_two_processes_equal_one_with_twice_the_batch(flags, tmp_path, parallel)
     two = ["-m", "xalign", "reward", *map(str, flags), "--batch-size", "2", "--parallel", parallel]
     done = run(*torchrun(*two, "--output-dir", str(tmp_path / "two")))
     assert done.returncode == 0, done.stderr[-3000:]
+    losses = [[r["loss"] for r in log(tmp_path / name) if "loss" in r] for name in ("one", "two")]
+    assert len(losses[0]) > 2 and losses[0] == pytest.approx(losses[1], abs=1e-4)
     one, two = (load_file(tmp_path / name / "reward/model.safetensors") for name in ("one", "two"))
     for key in one:
         torch.testing.assert_close(one[key], two[key], atol=2e-4, rtol=1e-3)

@@ -190,7 +190,7 @@ def test_bad_records_are_told_by_line(record):
     ({"instruction": "a", "output": "b", "messages": [{"role": "user", "content": "a"}]}, "both 'output' and 'messages'"),
     ({"prompt": "a", "instruction": "b", "response": "c"}, "both 'prompt' and 'instruction'"),
     ({"prompt": None, "response": None}, r"the keys 'prompt' \(null\), 'response' \(null\); allowed"),
-    ({"prompt": [], "response": "a"}, "not an empty list"), ({"messages": []}, "not an empty list"),
+    ({"prompt": [], "response": "a"}, "not an empty list"), ({"messages": []}, "list of at least one"),
     ({"messages": [{"role": "assistant", "content": "a"}]}, "a reply alone")])
 def test_records_that_contradict_themselves_or_say_nothing(record, told):
     with pytest.raises(DataError, match=rf"^f:7: .*{told}"):

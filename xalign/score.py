@@ -74,7 +74,7 @@ def load(config: ScoreConfig | RewardBenchConfig) -> Scorer:
                               "reward model or a policy")
         for network in networks:
             quantize(network, bits, group_size=group, head=config.quant.quant_head, method=method)
-        say(f"{options.model}: {quantised(networks[0])}")
+        say(f"{options.model}: {quantised(networks[0]).partition(', bf16')[0]}, the rest bfloat16")
     return scorer
 
 

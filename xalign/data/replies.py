@@ -66,7 +66,7 @@ def _replies(given: Mapping[str, Any], where: str) -> Replies:
     if name is not None:
         return Replies(_prompt(record, where), (reply_text(record[name], where, name),), False, where)
     if "messages" in record:
-        messages = as_text(record["messages"], where, "messages")
+        messages = as_text(record["messages"] or "", where, "messages")
         if isinstance(messages, str):
             raise DataError(f"{where}: 'messages' must be a list of at least one message")
         if messages[-1].role == "assistant":
