@@ -58,7 +58,7 @@ def run_rewardbench(config: RewardBenchConfig) -> None:
         if (run.path / SUMMARY).exists():
             say(f"{run.path} is finished (--overwrite measures it anew). From its report:")
             print((run.path / REPORT).read_text(encoding="utf-8"))
-            return _told(options, rows, read_json(run.path / SUMMARY))
+            return _end(options, rows, read_json(run.path / SUMMARY))
         measure = _Judged(options, config.scorer) if options.judge else _Scored(load(config), options)
         found = [row for part in chunked(rows, measure, run, RESULTS, len(rows), measure.scorer) for row in part]
         summary = _summary(rows, found) | {"texts_cut": texts_cut(run)}
@@ -72,10 +72,10 @@ def run_rewardbench(config: RewardBenchConfig) -> None:
         write_atomically(run.path / REPORT, report)
         write_atomically(run.path / SUMMARY, json.dumps(strict(about | summary), indent=2) + "\n")
         print(report)
-        return _told(options, rows, summary)
+        return _end(options, rows, summary)
 
 
-def _told(options: BenchOptions, rows: Sequence[BenchRow], summary: Mapping[str, Any]) -> None:
+def _end(options: BenchOptions, rows: Sequence[BenchRow], summary: Mapping[str, Any]) -> None:
     """End with an error where a model's scores are lost; a judge's missing ratings are verdicts that it didn't give."""
     if not options.judge:
         all_finite(summary["not_finite"], sum(len(row.replies) for row in rows))
