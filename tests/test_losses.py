@@ -18,11 +18,13 @@ from types import SimpleNamespace
 import mpmath
 import pytest
 import torch
+from conftest import LLAMA, ids, tiny
 from hypothesis import given
 from hypothesis import strategies as st
 
-from xalign import losses
+from xalign import DPO, losses
 from xalign.errors import ConfigError
+from xalign.logprobs import scored_logprobs
 
 mp = mpmath.mp.clone()
 mp.dps = 60
@@ -561,9 +563,10 @@ def spread(logps, lengths):
 class Policy:
     """A model whose outputs are given log-probabilities, token by token."""
 
-    def __init__(self, token_logps):
+    def __init__(self, token_logps, squares=None):
         zero = torch.zeros_like(token_logps)
-        self.outputs = SimpleNamespace(log_probs=token_logps, entropy=zero, mean_logits=zero, is_top1=zero.bool())
+        self.outputs = SimpleNamespace(log_probs=token_logps, entropy=zero, mean_logits=zero, is_top1=zero.bool(),
+                                       log_sum_sq_probs=squares)
 
     def __call__(self, **inputs):
         return self.outputs
@@ -634,6 +637,29 @@ def test_sft_equals_trls(trl, dtype):
     """The mean of ours over the batch is trl's mean over its tokens."""
     v = batch(0.1, dtype)
     same(give("sft", v).mean(), trl_dpo(v, "sft", 0.1), v, dtype)
+
+
+@pytest.mark.parametrize("loss", ["sigmoid", "ipo", "apo_zero"])
+def test_weighted_losses_equal_trls(trl, loss):
+    """WPO, from token log-probabilities and sums of squares that a model of ours gives."""
+    from trl import DPOTrainer
+
+    model = tiny(**LLAMA)
+    chosen, rejected = ids(3, 9), ids(3, 7, seed=1)
+    dpo = DPO(model, loss=loss, use_weighting=True)
+    ref = [torch.randn(3, generator=torch.Generator().manual_seed(side)) - 20 for side in (0, 1)]
+    ours = dpo(chosen, rejected, prompt_mask=torch.ones(3, 2, dtype=torch.bool), ref_logps=tuple(ref))
+    tokens = torch.cat((chosen, torch.nn.functional.pad(rejected, (0, 2))))
+    mask = torch.ones_like(tokens)
+    mask[:, :2] = mask[3:, 7:] = 0
+    logps, _, squares = scored_logprobs(model, tokens, mask.bool(), squares=True)
+    inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(mask), "completion_mask": mask,
+              "ref_chosen_logps": ref[0], "ref_rejected_logps": ref[1]}
+    me = trainer(loss_types=[loss], beta=dpo.beta, args=SimpleNamespace(), use_weighting=True)
+    theirs = DPOTrainer._compute_loss(me, Policy(logps, squares), inputs, False)
+    torch.testing.assert_close(ours, theirs)
+    for a, b in zip(*(torch.autograd.grad(x, list(model.parameters())) for x in (ours, theirs)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["forward_kl", "js", "alpha"])

@@ -121,6 +121,35 @@ def test_lengths_beyond_the_shorter_side_count_ld_alpha():
         torch.testing.assert_close(sums[1], full[1])
 
 
+@pytest.mark.parametrize("ways", [{}, {"share_prefix": False}, {"packed": False}])
+def test_weights_of_pairs_are_wpos(ways):
+    """Equation 2 of the paper in fp64, from whole logits: values, and that the weights have no gradient."""
+    reference = tiny(**LLAMA)
+    policies = [moved(reference) for _ in range(2)]
+    plain, weighed = (DPO(policy, ref_model=reference, use_weighting=w, **ways) for w, policy in enumerate(policies))
+    chosen, rejected, prompt = ids(3, 9), ids(3, 7, seed=1), torch.ones(3, 2, dtype=torch.bool)
+    rejected[:, :2] = chosen[:, :2]
+    weights = torch.ones(3, dtype=torch.double)
+    with torch.no_grad():
+        for tokens in (chosen, rejected):
+            p = plain.policy_model(tokens)[:, 1:-1].double().softmax(-1)
+            own = p.gather(2, tokens[:, 2:, None])[..., 0]
+            weights *= (own.log() - p.square().sum(-1).log()).mean(1).exp()
+    found = weighed.logps(weighed.policy_model, chosen, rejected, prompt_mask=prompt, weights=True)
+    torch.testing.assert_close(found[4], weights.float())
+    assert not found[4].requires_grad and weights.std() > 1e-3
+    loss = weighed(chosen, rejected, prompt_mask=prompt)
+    policy = plain.logps(plain.policy_model, chosen, rejected, prompt_mask=prompt)
+    with torch.no_grad():
+        ref = plain.logps(reference, chosen, rejected, prompt_mask=prompt)
+    expected = (plain.pair_losses(policy[0], policy[1], ref[0], ref[1], *policy[2:]) * weights.float()).mean()
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    expected.backward()
+    for (name, p), q in zip(weighed.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
 @pytest.mark.parametrize("kind", ["forward_kl", "js", "alpha"])
 def test_divergences_stand_for_the_log_ratios(kind):
     reference = tiny(**LLAMA)
@@ -188,6 +217,8 @@ def test_lora_on_quantised_weights_learns(bits):
     ({"loss": "sigmoid,aot", "divergence": "js"}, "has no log-ratios"),
     ({"divergence": "jss"}, "no divergence 'jss', did you mean 'js'"),
     ({"ld_alpha": 1.5}, "ld_alpha is 1.5"),
+    ({"use_weighting": True, "loss": "aot"}, "use_weighting is on"),
+    ({"use_weighting": True, "loss": "sigmoid,aot_unpaired"}, "use_weighting is on"),
 ])
 def test_bad_settings(options, message):
     with pytest.raises(ConfigError, match=message):

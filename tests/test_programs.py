@@ -580,7 +580,7 @@ FLAGS = [
     ("dpo", ["--config"], "--config needs a JSON file"),
     ("dpo", ["--resume", "--overwrite", "--output-dir", "OUT"], "--resume: there is no run in"),
     ("sft", ["--dataset"], "--dataset needs a value"),
-    ("sft", ["--dataset-weights", 1, 2], "--dataset-weights has 2 numbers for 1 files"),
+    ("sft", ["--dataset-weights", 1, 2], "--dataset-weights has 2 numbers for 1 file,"),
     ("sft", ["--dataset-weights", -1], "--dataset-weights is -1.0, allowed is"),
     ("generate", ["-p", "x", "--top-p", 2], "top_p is 2.0, allowed is a number in [0, 1]"),
     ("generate", ["-p", "x", "--top-k", 0], "top_k is 0, allowed is a number >= 1"),

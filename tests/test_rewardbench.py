@@ -7,6 +7,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import torch
 from conftest import LLAMA, tiny
 
 from xalign import save_pretrained
@@ -34,6 +35,7 @@ from xalign.evaluation.rewardbench import (
     won,
 )
 from xalign.rewardbench import judged, name_of
+from xalign.scoring import GoldScorer
 
 
 def v1(subset, id=0, kind="1"):
@@ -164,6 +166,7 @@ def test_rows_of_both_versions_and_of_prior_sets(tmp_path):
 
 
 @pytest.mark.parametrize(("change", "told"), [
+    ({"subset": None}, r"no 'subset' but the keys .*'subset' \(null\)"),
     ({"subset": "hep-perl"}, "unknown subset 'hep-perl'"), ({"chosen": None}, "no 'chosen'"),
     ({"chosen": 3}, "'chosen' must be text"),
     ({"subset": "Math"}, "list"), ({"subset": "Ties", "chosen": ["a"], "rejected": ["b"], "id": 3}, "ref:N"),
@@ -319,6 +322,21 @@ def test_a_judge_on_the_native_backend(folders, tmp_path, capsys):
     assert summary["model_type"] == "Generative RM" and summary["subsets"]["1"] == {"alpacaeval-easy": 0.5}
 
 
+def test_scores_that_are_no_number_lose_and_end_in_an_error(tmp_path, monkeypatch, capsys):
+    class Broken(GoldScorer):
+        def score(self, prompts, responses, *, progress=""):
+            return torch.tensor([math.nan, *range(1, len(responses))], dtype=torch.float32)
+
+    monkeypatch.setattr("xalign.rewardbench.load", lambda config: Broken())
+    data, out = write(tmp_path / "a.jsonl", bench_rows()[:2]), tmp_path / "out"
+    for _ in range(2):
+        with pytest.raises(SystemExit) as stop:
+            main(["rewardbench", "--dataset", data, "--output-dir", str(out)])
+        told = capsys.readouterr()
+        assert stop.value.code == 1 and "1 of 4 scores is not finite" in told.err and "1 scores were no" not in told.out
+        assert "their rows are lost" in told.out and (out / "eval-set").is_dir()
+
+
 def test_names_of_models():
     assert name_of("owner/name") == "owner-name" and name_of("/a/b/runs/x") == "runs-x" and name_of("gold") == "gold"
     assert name_of("dpo:runs/a/policy,runs/a/reference") == "dpo_a-policy_a-reference" and name_of("http://h:80/x") == "h-80"
@@ -326,10 +344,16 @@ def test_names_of_models():
 
 @pytest.mark.parametrize(("arguments", "told"), [
     ([], "no rows"), (["--dataset", "x.jsonl"], "x.jsonl"), (["--prior-sets", "hhh=x.jsonl"], "anthropic_hhh"),
-    (["--prior-sets", "shp"], "--prior-sets has 'shp'"), (["--dataset", "a.jsonl", "--run-name", "../x"], "--run-name")])
+    (["--prior-sets", "shp"], "--prior-sets has 'shp'"), (["--dataset", "a.jsonl", "./a.jsonl"], "./a.jsonl is given twice"),
+    (["--dataset", "a.jsonl", "--prior-sets", "shp=a.jsonl"], "given twice"),
+    (["--dataset", "a.jsonl", "--judge", "x"], "--model gold doesn't go with --judge"),
+    (["--dataset", "a.jsonl", "--judge-max-new-tokens", "9"], "--judge-max-new-tokens 9 goes with --judge"),
+    (["--dataset", "ties.jsonl"], "2 rows of Ties have the id ref:1"),
+    (["--dataset", "a.jsonl", "--run-name", "../x"], "--run-name")])
 def test_mistakes_are_one_line(tmp_path, monkeypatch, capsys, arguments, told):
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "a.jsonl", bench_rows()[:1])
+    write(tmp_path / "ties.jsonl", [{"prompt": "Q", "chosen": ["a"], "rejected": ["b"], "subset": "Ties", "id": "ref:1"}] * 2)
     with pytest.raises(SystemExit) as stop:
         main(["rewardbench", "--model", "gold", *arguments])
     error = capsys.readouterr().err

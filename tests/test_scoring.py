@@ -19,9 +19,10 @@ from xalign.cli import main
 from xalign.data import toyworld
 from xalign.data.chat_template import render, render_completion, render_text
 from xalign.data.records import Message
-from xalign.data.replies import Replies, to_replies
+from xalign.data.replies import Replies, renamed, to_replies
 from xalign.errors import ConfigError, DataError
 from xalign.logprobs import sequence_logprobs
+from xalign.nn.quantize import quantize
 from xalign.scoring import GoldScorer, ImplicitScorer, RemoteScorer, RewardScorer, apart, parse, whole_text
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -182,6 +183,26 @@ def test_records_of_every_shape():
 def test_bad_records_are_told_by_line(record):
     with pytest.raises(DataError, match=r"^f:7: "):
         to_replies(record, "f:7")
+
+
+@pytest.mark.parametrize(("record", "told"), [
+    ({"prompt": "a", "response": "b", "responses": ["b"]}, "both 'response' and 'responses'"),
+    ({"instruction": "a", "output": "b", "messages": [{"role": "user", "content": "a"}]}, "both 'output' and 'messages'"),
+    ({"prompt": "a", "instruction": "b", "response": "c"}, "both 'prompt' and 'instruction'"),
+    ({"prompt": None, "response": None}, r"the keys 'prompt' \(null\), 'response' \(null\); allowed"),
+    ({"prompt": [], "response": "a"}, "not an empty list"), ({"messages": []}, "list of at least one"),
+    ({"messages": [{"role": "assistant", "content": "a"}]}, "a reply alone")])
+def test_records_that_contradict_themselves_or_say_nothing(record, told):
+    with pytest.raises(DataError, match=rf"^f:7: .*{told}"):
+        to_replies(record, "f:7")
+
+
+def test_columns_that_are_named_settle_what_is_meant():
+    record = {"prompt": "a", "instruction": "b", "response": "c", "output": "d", "messages": [], "text": "e"}
+    found = to_replies(renamed(record, {"prompt": "text", "response": "output"}), "")
+    assert (found.prompt, found.replies) == ("e", ("d",))
+    with pytest.raises(DataError, match="both 'response' and 'output'"):
+        to_replies(renamed(record, {"prompt": "text"}), "")
 
 
 # --- a server that another wrote, and one that fails
@@ -349,6 +370,11 @@ def test_columns_chat_and_a_system_turn(tmp_path, monkeypatch, capsys):
     (["-p", "a", "--dataset", "x.jsonl"], "allowed is one of"), (["-p", "a", "--response", "b", "--system", "c"], "--chat"),
     (["--dataset", "missing.jsonl"], "missing.jsonl"), (["--dataset", "bad.jsonl"], "bad.jsonl:2: "),
     (["--dataset", "bad.jsonl", "--columns", "chosen=x"], "allowed names are"), (["--port", "70000", "--serve"], "65535"),
+    (["-p", "a", "--response", "b", "--output-dir", "x"], "--output-dir x goes with --dataset"),
+    (["--dataset", "bad.jsonl", "--port", "3"], "--port 3 goes with --serve"),
+    (["--dataset", "bad.jsonl", "--overwrite"], "--overwrite goes with --output-dir"),
+    (["--serve", "--chat"], "--chat doesn't go with --serve"),
+    (["-p", "a", "--response", "b", "--load-in-4bit"], "no weights"),
     (["--model", "nowhere", "-p", "a", "--response", "b"], "nowhere"),
     (["--model", "http://x y", "-p", "a", "--response", "b"], "HOST")])
 def test_mistakes_are_one_line(tmp_path, monkeypatch, capsys, arguments, told):
@@ -358,6 +384,47 @@ def test_mistakes_are_one_line(tmp_path, monkeypatch, capsys, arguments, told):
         main(["score", *([] if "--model" in arguments else ["--model", "gold"]), *arguments])
     error = capsys.readouterr().err
     assert stop.value.code == 2 and told in error and error.count("\n") == 1
+
+
+def test_scores_that_are_no_number_are_null_counted_and_end_in_an_error(tmp_path, monkeypatch, capsys):
+    class Broken(GoldScorer):
+        def score(self, prompts, responses, *, progress=""):
+            return torch.tensor([math.nan if r == "nan" else math.inf if r == "inf" else 1.0 for r in responses])
+
+    monkeypatch.setattr(scoring, "open", lambda *_, **__: Broken())
+    data = write(tmp_path / "a.jsonl", [{"prompt": "a", "responses": ["nan", "b", "inf"]}, {"prompt": "a", "response": "b"}])
+    for folder in ([], ["--output-dir", str(tmp_path / "out")], ["--output-dir", str(tmp_path / "out")]):  # again: finished
+        with pytest.raises(SystemExit) as stop:
+            main(["score", "--dataset", data, *folder])
+        told = capsys.readouterr()
+        assert stop.value.code == 1 and "error: 2 of 4 scores are not finite" in told.err
+        text = (tmp_path / "out/scores.jsonl").read_text() if folder else told.out
+        assert json.loads(text.splitlines()[0])["rewards"] == [None, 1, None]
+    assert json.loads((tmp_path / "out/summary.json").read_text())["not_finite"] == 2
+    with pytest.raises(SystemExit) as stop:
+        main(["score", "-p", "a", "--response", "nan"])
+    assert stop.value.code == 1 and capsys.readouterr().out == "nan\n"
+
+
+def test_weights_may_be_quantised(policies, reward, tmp_path, capsys):
+    rm, policy = str(tmp_path / "rm"), str(tmp_path / "policy")
+    reward.model.save_pretrained(rm)
+    save_pretrained(policies[0], policy, reward.tokenizer)
+
+    def told(*flags):
+        main(["score", "-p", "Once. ", "--response", "Mia was glad.", *flags])
+        said = capsys.readouterr()
+        assert ("layers int" in said.err) == (len(flags) > 2)
+        return float(said.out)
+
+    for bits in (8, 4):
+        model = RewardModel.from_pretrained(rm)
+        quantize(model.net, bits)
+        alone = ImplicitScorer(quantize(load_pretrained(policy)[0], bits, head=False), reward.tokenizer, kind="avg")
+        for spec, scorer in ((rm, RewardScorer(model)), (f"avg:{policy}", alone)):
+            found = told("--model", spec, f"--load-in-{bits}bit")
+            assert found == pytest.approx(float(scorer.score(["Once. "], ["Mia was glad."])[0]), abs=1e-5)
+            assert found != (plain := told("--model", spec)) and (bits == 4 or found == pytest.approx(plain, abs=0.3))
 
 
 def test_a_histogram_of_anything():

@@ -115,7 +115,9 @@ def test_our_client_sends_messages_as_they_are(server, folder):
     ([], "JSON object"), ({}, "no 'query'"), ({"query": []}, "at least one"), ({"query": 5}, "list"),
     ({"query": [5]}, "query[0]"), ({"query": ["ok", None]}, "query[1]"),
     ({"query": ["\ud800"]}, "surrogate"), ({"query": [""]}, "no token"), ({"responses": ["a"]}, "as many"),
-    ({"prompts": ["a"], "responses": ["a", "b"]}, "as many"),
+    ({"query": None}, "the query is null"), ({"prompts": ["a"], "responses": ["a", "b"]}, "as many"),
+    ({"query": ["a", "b", "c"], "prompts": ["a"]}, "'query' has 3, 'prompts' has 1: allowed are as many"),
+    ({"prompts": [[]], "responses": ["a"]}, "prompts[0]: 'prompt' must be text or a list of at least one message"),
     ({"prompts": [[{"role": "x", "content": ""}]], "responses": ["a"]}, "role"),
     ({"prompts": [5], "responses": ["a"]}, "prompts[0]")])
 def test_bad_requests_get_400_and_the_reason(server, body, reason):
@@ -141,6 +143,15 @@ def test_large_unknown_and_slow_requests(server):
         assert ask(server, {"query": ["fine"]})[0] == 200  # nobody waits for them
         slow[1].settimeout(10)
         assert slow[1].recv(200).startswith(b"HTTP/1.1 408")
+        client = stack.enter_context(socket.create_connection(("127.0.0.1", port)))
+        client.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert client.recv(1000).startswith(b"HTTP/1.1 200")
+        client.sendall(b"GET /hea")
+        for silent in (slow[3], client):  # no end of a first, or of a later request's head
+            silent.settimeout(10)
+            with contextlib.suppress(ConnectionResetError):
+                while silent.recv(1000):  # what is left of the reply
+                    pass
         client = stack.enter_context(socket.create_connection(("127.0.0.1", port)))
         client.sendall(b"POST /get_reward HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
         with contextlib.suppress(OSError):  # it may have closed already
@@ -237,8 +248,11 @@ def test_prompts_beside_a_query_are_handed_on_where_they_are_texts():
         return rows_of(json.dumps({"query": ["Hi there", "A b"], **told}).encode())
 
     assert rows(prompts=["Hi", "A "]) == [(True, "Hi there", "Hi"), (True, "A b", "A ")]
-    for prompts in (None, ["Hi"], 5, {}, [[], []]):  # nothing that OpenRLHF's server would refuse
-        assert rows(prompts=prompts) == [(True, "Hi there", None), (True, "A b", None)]
+    for prompts in (None, [[], []]):
+        assert rows(prompts=prompts, labels=5) == [(True, "Hi there", None), (True, "A b", None)]
+    for prompts in (["Hi"], 5, {}, []):  # OpenRLHF's server looks at none, but its clients send one to each query
+        with pytest.raises(DataError, match="'prompts'"):
+            rows(prompts=prompts)
     assert rows(prompts=["a", "b"], responses=["c", None]) == [(False, "a", "c"), (False, "b", None)]
 
 

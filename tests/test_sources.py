@@ -437,6 +437,7 @@ GOOD = json.dumps(STANDARD)
     ("second_line", "message"),
     [
         ('{"prompt": "a", "chosen": ', r"not valid JSON: Expecting value at column 27"),
+        ('{"prompt": "\t"}', r"not valid JSON: Invalid control character at column 13"),
         ('{"prompt": "a", "chosen": "b"}', r"no 'rejected', only the keys 'prompt', 'chosen'"),
         ('{"query": "a", "answer": "b"}', r"unknown shape with the keys 'query', 'answer'; allowed: prompt\+chosen"),
         ('{"prompt": "a", "chosen": 3, "rejected": "c"}', r"'chosen' must be text or a list of messages, not int"),

@@ -101,6 +101,8 @@ class LossOptions:
     """The alpha of f_divergence alpha: 1 is reverse_kl, 0 forward_kl."""
     ld_alpha: float = 1.0
     """What tokens of the longer side count beyond the shorter's length, in [0, 1] (LD-DPO)."""
+    use_weighting: bool = False
+    """Weigh each pair's loss in training by how likely the policy is to write its two texts (WPO)."""
     share_prefix: bool = True
     """Run what both sides of a pair begin with once; changes nothing but time and memory."""
     packed: bool = True

@@ -97,8 +97,10 @@ class DPO(nn.Module):
     own) and `label_smoothing` go into `loss_options`. `reduction="sum"` compares summed log-probabilities, as the paper does;
     `"mean"` per-token averages, as x-transformers does. `divergence` other than reverse_kl (`losses.divergence`) holds
     the policy to the reference in another way; `ld_alpha` counts tokens of the longer side beyond the shorter's length by
-    this factor (Liu et al. 2024, LD-DPO, arXiv 2409.06411). `pad_id` marks the outer run of pads as padding; where the pad is
-    the EOS token, give masks to the call instead. With `share_prefix` what both sides begin with runs once; with
+    this factor (Liu et al. 2024, LD-DPO, arXiv 2409.06411). `use_weighting` multiplies a pair's loss by the weights of its two
+    texts, exp of the mean over tokens of (log p(token) - log sum p^2 over the vocabulary), without gradients (Zhou et al. 2024,
+    WPO, arXiv 2406.11827, eq. 2). `pad_id` marks the outer run of pads as padding; where the pad is the EOS token, give masks
+    to the call instead. With `share_prefix` what both sides begin with runs once; with
     `packed` False all rows run as they are, padded, and all logits are made. Neither changes a value beyond rounding.
     The loss "kto" takes labelled texts instead of calls with pairs (`objectives.KTO`).
     `parameters()`, `named_parameters()` and `state_dict()` are the policy's own.
@@ -109,7 +111,7 @@ class DPO(nn.Module):
                  loss: str | Callable[..., Tensor] | Sequence[str | Callable[..., Tensor]] = "sigmoid",
                  label_smoothing: float = 0.0, reduction: str = "sum", *, loss_weights: Sequence[float] | None = None,
                  loss_options: dict[str, Any] | None = None, divergence: str = "reverse_kl", divergence_alpha: float = 0.5,
-                 ld_alpha: float = 1.0, share_prefix: bool = True, packed: bool = True):
+                 ld_alpha: float = 1.0, use_weighting: bool = False, share_prefix: bool = True, packed: bool = True):
         super().__init__()
         if reduction not in ("sum", "mean"):
             raise ConfigError(f"reduction is {reduction!r}, allowed is 'sum' or 'mean'")
@@ -120,11 +122,14 @@ class DPO(nn.Module):
         betas = [inspect.signature(c.function).parameters["beta"].default for c in self.components if "beta" in c.takes]
         self.beta = beta if beta is not None else betas[0] if betas else 1.0
         self.pad_id, self.reduction, self.ld_alpha = pad_id, reduction, ld_alpha
-        self.share_prefix, self.packed = share_prefix, packed
+        self.use_weighting, self.share_prefix, self.packed = use_weighting, share_prefix, packed
         if divergence != "reverse_kl" and (not self.compares or any(c.function is losses.aot for c in self.components)):
             raise ConfigError(f"divergence is {divergence!r}, but the loss {loss!r} has no log-ratios: allowed is reverse_kl")
-        if self.labelled and (divergence, ld_alpha, reduction) != ("reverse_kl", 1, "sum"):
-            raise ConfigError("the loss kto knows no f_divergence, ld_alpha or per-token means: allowed is to leave them out")
+        if self.labelled and (divergence, ld_alpha, reduction, use_weighting) != ("reverse_kl", 1, "sum", False):
+            raise ConfigError("the loss kto knows no f_divergence, ld_alpha, use_weighting or per-token means: allowed is to "
+                              "leave them out")
+        if use_weighting and any(c.function in (losses.aot, losses.aot_unpaired) for c in self.components):
+            raise ConfigError(f"use_weighting is on, but the loss {loss!r} ranks texts, not pairs: allowed is to leave it out")
         self.divergence = partial(losses.divergence, kind=divergence, alpha=divergence_alpha)
         self.policy_model = unwrap(model)
         self._reference = (self._freeze(ref_model),)  # in a tuple, so that it is no submodule
@@ -179,8 +184,11 @@ class DPO(nn.Module):
 
     def logps(self, model: nn.Module, preferred_seq: Tensor, unpreferred_seq: Tensor, *,
               prompt_mask: Mask | tuple[Mask, Mask] = None, preferred_seq_mask: Mask = None,
-              unpreferred_seq_mask: Mask = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Summed response log-probabilities under `model` and response lengths of both sides, four (b,), one pass."""
+              unpreferred_seq_mask: Mask = None, weights: bool = False) -> tuple[Tensor, ...]:
+        """Summed response log-probabilities under `model` and response lengths of both sides, four (b,), one pass.
+
+        With `weights` a fifth, those of WPO (`use_weighting`), without gradients.
+        """
         prompts = prompt_mask if isinstance(prompt_mask, (tuple, list)) else (prompt_mask, prompt_mask)
         sides = []
         for name, tokens, mask, prompt in (("preferred_seq", preferred_seq, preferred_seq_mask, prompts[0]),
@@ -196,7 +204,8 @@ class DPO(nn.Module):
         width = max(preferred_seq.shape[1], unpreferred_seq.shape[1])
         tokens, mask, loss_mask = (torch.cat([F.pad(t, (0, width - t.shape[1])) for t in side])
                                    for side in zip(*sides, strict=True))
-        logps, scored = scored_logprobs(model, tokens, loss_mask, mask, sides=2 if self.share_prefix else 1, packed=self.packed)
+        logps, scored, *squares = scored_logprobs(model, tokens, loss_mask, mask, sides=2 if self.share_prefix else 1,
+                                                  packed=self.packed, squares=weights)
         lengths = scored.sum(1)
         if not bool((lengths > 0).all()):
             row = int((lengths == 0).nonzero()[0])
@@ -204,11 +213,11 @@ class DPO(nn.Module):
             raise ValueError(f"row {row} of {side} has no response token to score, allowed is at least one after the "
                              "prompt (and one token before it)")
         logps = logps.masked_fill(~scored, 0.0)
+        agreement = [(logps.detach() - t).masked_fill(~scored, 0.0).sum(1) / lengths for t in squares]
         if self.ld_alpha != 1:
             shorter = torch.minimum(*lengths.chunk(2)).repeat(2)
             logps = torch.where(scored.cumsum(1) <= shorter[:, None], logps, self.ld_alpha * logps)
-        sums = logps.sum(1)
-        return (*sums.chunk(2), *lengths.chunk(2))  # type: ignore[return-value]
+        return (*logps.sum(1).chunk(2), *lengths.chunk(2), *(torch.add(*t.chunk(2)).exp() for t in agreement))
 
     def pair_losses(self, policy_chosen: Tensor, policy_rejected: Tensor, ref_chosen: Tensor | None,
                     ref_rejected: Tensor | None, chosen_lengths: Tensor, rejected_lengths: Tensor,
@@ -264,14 +273,16 @@ class DPO(nn.Module):
             raise ConfigError("the loss is kto, which takes labelled texts: allowed is objectives.KTO, or a loss of pairs")
         batch: dict[str, Any] = {"prompt_mask": prompt_mask, "preferred_seq_mask": preferred_seq_mask,
                                  "unpreferred_seq_mask": unpreferred_seq_mask}
-        chosen, rejected, n_chosen, n_rejected = self.logps(self.policy_model, preferred_seq, unpreferred_seq, **batch)
+        chosen, rejected, n_chosen, n_rejected, *weights = self.logps(
+            self.policy_model, preferred_seq, unpreferred_seq, **batch, weights=self.use_weighting)
         ref_chosen = ref_rejected = None
         if ref_logps is not None:
             ref_chosen, ref_rejected = ref_logps
         elif self.compares:
             with torch.no_grad(), self.reference() as reference:
                 ref_chosen, ref_rejected, _, _ = self.logps(reference, preferred_seq, unpreferred_seq, **batch)
-        loss = self.pair_losses(chosen, rejected, ref_chosen, ref_rejected, n_chosen, n_rejected, tokens_per_pair).mean()
+        each = self.pair_losses(chosen, rejected, ref_chosen, ref_rejected, n_chosen, n_rejected, tokens_per_pair)
+        loss = math.prod(weights, start=each).mean()
         if not return_metrics:
             return loss
         with torch.no_grad():

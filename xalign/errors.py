@@ -32,6 +32,12 @@ class Diverged(XalignError, ArithmeticError):
     exit_status = 1
 
 
+class NotFinite(XalignError, ArithmeticError):
+    """Scores are not finite numbers; the message says how many, and what could be computed is written."""
+
+    exit_status = 1
+
+
 class Interrupted(XalignError):
     """A signal stopped the run after its state was saved; the message says how to go on."""
 

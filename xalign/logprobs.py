@@ -32,7 +32,7 @@ def compact(mask: Tensor, *tensors: Tensor) -> list[Tensor]:
 
 
 def scored_logprobs(model: nn.Module, tokens: Tensor, loss_mask: Tensor, mask: Tensor | None = None, *,
-                    sides: int = 1, packed: bool = True) -> tuple[Tensor, Tensor]:
+                    sides: int = 1, packed: bool = True, squares: bool = False) -> tuple[Tensor, ...]:
     """Per-token log-probabilities of one forward pass and which of them are scored, both (b, n - 1).
 
     `loss_mask` (b, n) is True on tokens to score and `mask` (b, n) on real ones (None: all). Padding may lie
@@ -40,7 +40,8 @@ def scored_logprobs(model: nn.Module, tokens: Tensor, loss_mask: Tensor, mask: T
 
     A model of ours runs without padding and gives log-probabilities to scored tokens alone, the others are 0; with
     `sides` > 1, what rows i, b / sides + i, ... have in common before their first scored token is run once. With `packed`
-    False, as with other models, all rows go through the model as they are.
+    False, as with other models, all rows go through the model as they are. With `squares` there is a third, without
+    gradients: the log of the sum over the vocabulary of the squared probabilities, where a token is scored.
     """
     n, loss_mask = tokens.shape[1], loss_mask.bool()
     if mask is not None:
@@ -48,15 +49,21 @@ def scored_logprobs(model: nn.Module, tokens: Tensor, loss_mask: Tensor, mask: T
         tokens, loss_mask = tokens.masked_fill(~mask, 0), loss_mask & mask
     scored = loss_mask[:, 1:]
     if packed and hasattr(model, "branch_logprobs"):
-        return _packed_logprobs(model, tokens, scored, sides), scored
+        logps, *twice = _packed_logprobs(model, tokens, scored, sides, squares)
+        return logps, scored, *twice
     if mask is not None:
         longest = max(1, int(mask.sum(1).max()))  # further right all is padding, which costs nothing and fills no window
         tokens = tokens[:, :longest]
-    logps = token_logprobs(model(tokens), tokens)
-    return F.pad(logps, (0, n - tokens.shape[1])), scored
+    logits = model(tokens)
+    found = [token_logprobs(logits, tokens)]
+    if squares:
+        with torch.no_grad():
+            found.append((2 * logits[:, :-1].float().log_softmax(-1)).logsumexp(-1))
+    logps, *twice = (F.pad(t, (0, n - tokens.shape[1])) for t in found)
+    return logps, scored, *twice
 
 
-def _packed_logprobs(model: Any, tokens: Tensor, scored: Tensor, sides: int) -> Tensor:
+def _packed_logprobs(model: Any, tokens: Tensor, scored: Tensor, sides: int, squares: bool) -> list[Tensor]:
     columns = torch.arange(1, tokens.shape[1], device=tokens.device)
     # inputs 0 <= c < end give all that is scored; column c scores token c + 1
     end = torch.where(scored, columns, 0).amax(1) if len(columns) else tokens.new_zeros(len(tokens))
@@ -70,9 +77,10 @@ def _packed_logprobs(model: Any, tokens: Tensor, scored: Tensor, sides: int) -> 
     rows, at = scored.nonzero(as_tuple=True)
     if not len(rows):  # a token, for nothing: its gradient may be asked for, and of a sharded model all processes run a pass
         nothing = tokens.new_zeros(1)
-        return logps + 0 * model.branch_logprobs(tokens[:1, :1], nothing, nothing + 1, 1, nothing, nothing, tokens[0, :1]).sum()
-    found = model.branch_logprobs(tokens, begin, end, sides, rows, at, tokens[rows, at + 1])
-    return logps.index_put((rows, at), found)
+        one = model.branch_logprobs(tokens[:1, :1], nothing, nothing + 1, 1, nothing, nothing, tokens[0, :1])
+        return [logps + 0 * one.sum(), *[logps] * squares]
+    found = model.branch_logprobs(tokens, begin, end, sides, rows, at, tokens[rows, at + 1], squares)
+    return [logps.index_put((rows, at), t) for t in (found if squares else [found])]
 
 
 def sequence_logprobs(model: nn.Module, tokens: Tensor, loss_mask: Tensor, mask: Tensor | None = None) -> Tensor:

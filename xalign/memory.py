@@ -10,7 +10,7 @@ the widths of queries and of keys, P parameters, M those that are matrices, w th
                                     attention its input and output; x = 2 inputs of projections (5 under autocast, which
                                     casts for each of q, k, v, gate, up); without a gate 2 f and one input less
     with gradient checkpointing     T d w for each layer's input, and all of the above for one layer at a time
-    logits                          2 c for T v of them, but for at most HELD, which the head makes at a time: and their gradient
+    logits                          2 c each for T v of them, at most HELD: the head makes no more at a time; and gradients
     scoring (no gradients)          c v a token of 32 rows of each side, at most SCORED_LOGITS a side, at most HELD in all
     sampling                        keys and values of SAMPLED rows, 2 K L a a token (without autocast); on a CPU the weights
                                     in another layout, P w

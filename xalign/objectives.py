@@ -87,8 +87,10 @@ class Preference(_OfPairs):
     @torch.no_grad()
     def expected(self, batch: PairBatch) -> Tensor:
         """The loss of a policy that is the reference."""
-        found = self.dpo.logps(self.dpo.policy_model, batch.chosen, batch.rejected, **pair_masks(batch))
-        return self.dpo.pair_losses(*found[:2], *found).mean()
+        chosen, rejected, *lengths, weights = self.dpo.logps(self.dpo.policy_model, batch.chosen, batch.rejected,
+                                                             **pair_masks(batch), weights=True)
+        losses = self.dpo.pair_losses(chosen, rejected, chosen, rejected, lengths[0], lengths[1])
+        return (losses * weights if self.dpo.use_weighting else losses).mean()
 
 
 class KTO:

@@ -40,7 +40,7 @@ from xalign.data.collate import (
 )
 from xalign.data.records import Example, Labelled, PreferencePair
 from xalign.data.shapes import ReadReport, pair_to_example, shape_of
-from xalign.data.sources import columns_by_file, iter_examples, iter_labelled, iter_pairs, iter_records
+from xalign.data.sources import columns_by_file, iter_examples, iter_labelled, iter_pairs, iter_records, refuse_twice
 from xalign.data.store import Store, open_store, write_store
 from xalign.disk import writing
 from xalign.errors import ConfigError, DataError
@@ -127,15 +127,19 @@ def to_imitate(options: PreferenceDataOptions | RewardDataOptions, split: Split[
     return (Example(*toyworld.split_document(str(d.completion)), d.where) for d in documents)
 
 
-def ranked_data(options: RewardDataOptions, seed: int) -> tuple[Split[PreferencePair], Source[Example]]:
-    """The same for pairs of several files, each by its weight."""
+def ranked_data(options: RewardDataOptions, seed: int, margin: bool = False) -> tuple[Split[PreferencePair], Source[Example]]:
+    """The same for pairs of several files, each by its weight; with `margin` a pair without one is a `DataError`."""
     files = options.dataset or (str(EMBEDDED / "train.jsonl"),)
     eval_file = options.eval_dataset or (None if options.dataset else str(EMBEDDED / "test.jsonl"))
     wanted = [file for file in (*files, eval_file, options.sft_dataset) if file]
     columns = distributed.once(lambda: columns_by_file(options.columns, wanted))
 
     def read(file: str, report: ReadReport | None = None) -> Iterator[PreferencePair]:
-        return iter_pairs(file, identical=options.identical, empty=options.empty, columns=columns[file], report=report)
+        for pair in iter_pairs(file, identical=options.identical, empty=options.empty, columns=columns[file], report=report):
+            if margin and pair.margin is None:
+                raise DataError(f"{pair.where}: no margin, nor score_chosen and score_rejected; allowed: all records with one, "
+                                "or training without --margin")
+            yield pair
 
     def key(pair: PreferencePair) -> int:
         return key_hash(str(pair.prompt or (pair.chosen, pair.rejected)), seed)
@@ -163,8 +167,10 @@ def mixed_data(files: Sequence[str], weights: Sequence[float], eval_file: str | 
                key: Callable[[T], int], seed: int, one_in: int) -> Split[T]:
     """Records of all files, each by its weight (none: 1), and held-out ones: `eval_file`'s, or those of a key in `one_in`."""
     weights = weights or (1.0,) * len(files)
+    refuse_twice(files, " (--dataset-weights 2 takes each record twice)")
     if len(weights) != len(files):
-        raise ConfigError(f"--dataset-weights has {len(weights)} numbers for {len(files)} files, allowed is one each")
+        raise ConfigError(f"--dataset-weights has {len(weights)} number{'s' * (len(weights) != 1)} for {len(files)} "
+                          f"file{'s' * (len(files) != 1)}, allowed is one each")
 
     def mixed(sizes: Sequence[int]) -> Iterator[T]:
         return in_order([partial(read, file) for file in files], mixture(sizes, weights, seed, 0))
@@ -242,13 +248,10 @@ def encode_pairs(pairs: Iterable[PreferencePair], tokenizer: Tokenizer, max_leng
 
 def encode_ranked(pairs: Iterable[PreferencePair], tokenizer: Tokenizer, max_length: int, mode: TruncationMode,
                   report: TruncationReport, margin: bool = False) -> Iterator[EncodedRanked]:
-    """Tokenise pairs for a reward model, each side cut as it is when it is scored alone. Raises `DataError` if none is left,
-    and with `margin` for a pair without one."""
+    """Tokenise pairs for a reward model, each side cut as it is when it is scored alone; with `margin` theirs is kept.
+    Raises `DataError` if none is left."""
     left = False
     for pair in pairs:
-        if margin and pair.margin is None:
-            raise DataError(f"{pair.where}: no margin, nor score_chosen and score_rejected; allowed: all records with one, or "
-                            "training without --margin")
         (head, chosen, cut), (other, rejected, also) = (
             encode_scored(pair.prompt, side, tokenizer, max_length, mode, pair.where) for side in (pair.chosen, pair.rejected))
         if head != other:

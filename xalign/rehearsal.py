@@ -87,7 +87,7 @@ def rehearse_dpo(config: DPOConfig, device: torch.device) -> None:
 
 def rehearse_reward(config: RewardConfig, device: torch.device) -> None:
     """Show what `xalign reward` would train on and need."""
-    data, examples = ranked_data(config.data, config.training.seed)
+    data, examples = ranked_data(config.data, config.training.seed, config.reward.margin)
     model, tokenizer = shape(config, examples)
     settle_template(config.model.model, tokenizer, peek(data))
     length = window(config.data.max_length, model)

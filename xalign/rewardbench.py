@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,19 +11,20 @@ from typing import Any
 from xalign.backends.base import SamplingParams
 from xalign.backends.opening import as_spec
 from xalign.backends.opening import open as open_backend
-from xalign.data.sources import column_names
+from xalign.data.sources import column_names, refuse_twice
 from xalign.disk import write_atomically
 from xalign.errors import ConfigError, DataError
 from xalign.evaluation import rewardbench as bench
 from xalign.evaluation.judge import Judge
 from xalign.evaluation.rewardbench import PRIOR, PRIOR_SETS, PUBLISHED, ROWS, SECTIONS, SUBSETS_2, BenchRow, as_messages
 from xalign.prepare import say
-from xalign.runs import RunFolder, strict
-from xalign.score import SUMMARY, chunked, claim, load, texts_cut
-from xalign.score_config import BenchOptions, RewardBenchConfig, ScorerOptions
+from xalign.runs import RunFolder, read_json, strict
+from xalign.score import SUMMARY, all_finite, chunked, claim, load, texts_cut
+from xalign.score_config import BenchOptions, RewardBenchConfig, ScorerOptions, refuse
 from xalign.scoring import Scorer
 
 RESULTS, REPORT = "rows.jsonl", "report.md"
+JUDGES = ("batch_size", "dtype", "device")  # the settings of a scorer that a judge has too
 FOLDERS = {"1": "", "prior": "pref-sets", "2": "rewardbench2"}
 
 
@@ -33,11 +35,21 @@ def run_rewardbench(config: RewardBenchConfig) -> None:
     for name in prior:
         if name not in PRIOR_SETS:
             raise ConfigError(f"--prior-sets has {name!r}, allowed are {', '.join(PRIOR_SETS)}, each =FILE")
+    if options.judge:
+        refuse(config.scorer, [name for name in vars(config.scorer) if name not in JUDGES], "doesn't go with --judge")
+        refuse(config.quant, ("load_in_8bit", "load_in_4bit"), "doesn't go with --judge")
+        refuse(options, ("chat",), "doesn't go with --judge")
+    else:
+        refuse(options, ("judge_max_new_tokens",), "goes with --judge")
     if not options.dataset and not prior:
         raise ConfigError("no rows are given, allowed are --dataset FILE ... and --prior-sets NAME=FILE ...")
     files: list[tuple[str, str | None]] = [(file, None) for file in options.dataset]
     files += [(file, name) for name, file in prior.items()]
+    refuse_twice(file for file, _ in files)
     rows = [row for file, name in files for row in itertools.islice(bench.read_rows(file, name), options.limit)]
+    for id, count in Counter(row.id for row in rows if row.counts_together).items():
+        if count > 1:
+            raise DataError(f"{count} rows of Ties have the id {id}, allowed is one: is a file another's copy?")
     name = options.run_name or name_of(options.judge or config.scorer.model)
     if name.startswith("/") or ".." in name.split("/"):
         raise ConfigError(f"--run-name is {name}, allowed is a name such as owner/model")
@@ -46,8 +58,8 @@ def run_rewardbench(config: RewardBenchConfig) -> None:
         if (run.path / SUMMARY).exists():
             say(f"{run.path} is finished (--overwrite measures it anew). From its report:")
             print((run.path / REPORT).read_text(encoding="utf-8"))
-            return
-        measure = _Judged(options, config.scorer) if options.judge else _Scored(load(config.scorer), options)
+            return _end(options, rows, read_json(run.path / SUMMARY))
+        measure = _Judged(options, config.scorer) if options.judge else _Scored(load(config), options)
         found = [row for part in chunked(rows, measure, run, RESULTS, len(rows), measure.scorer) for row in part]
         summary = _summary(rows, found) | {"texts_cut": texts_cut(run)}
         about = {"model": name, "model_type": _type(options.judge, config.scorer.model),
@@ -60,6 +72,13 @@ def run_rewardbench(config: RewardBenchConfig) -> None:
         write_atomically(run.path / REPORT, report)
         write_atomically(run.path / SUMMARY, json.dumps(strict(about | summary), indent=2) + "\n")
         print(report)
+        return _end(options, rows, summary)
+
+
+def _end(options: BenchOptions, rows: Sequence[BenchRow], summary: Mapping[str, Any]) -> None:
+    """End with an error where a model's scores are lost; a judge's missing ratings are verdicts that it didn't give."""
+    if not options.judge:
+        all_finite(summary["not_finite"], sum(len(row.replies) for row in rows))
 
 
 class _Scored:
@@ -84,7 +103,7 @@ class _Judged:
     def __init__(self, options: BenchOptions, scorer: ScorerOptions):
         spec = as_spec(str(options.judge))
         if spec["backend"] in ("native", "transformers"):
-            spec |= {"batch_size": scorer.batch_size, "dtype": scorer.dtype, "device": scorer.device}
+            spec |= {name: getattr(scorer, name) for name in JUDGES}
         self.scorer = None
         self.judge = Judge(open_backend(spec), SamplingParams(temperature=0, max_new_tokens=options.judge_max_new_tokens),
                            options.seed)
@@ -199,7 +218,7 @@ def _report(name: str, rows: Sequence[BenchRow], summary: Mapping[str, Any]) -> 
     if summary["no_verdict"]:
         parts.append(f"{summary['no_verdict']:,} judgements held no verdict: each counts as a draw.")
     if summary["not_finite"]:
-        parts.append(f"{summary['not_finite']:,} scores were no finite number: their rows are lost.")
+        parts.append(f"Scores that were no finite number: {summary['not_finite']:,}; their rows are lost.")
     if summary["texts_cut"]:
         parts.append(f"{summary['texts_cut']:,} texts were longer than the limit and were cut.")
     return "\n\n".join(parts) + "\n"

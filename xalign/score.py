@@ -15,16 +15,17 @@ from xalign import scoring
 from xalign.complete import as_prompt
 from xalign.config import flatten
 from xalign.data.files import raw_records
-from xalign.data.replies import REPLY_NAMES, Replies, to_replies
+from xalign.data.replies import HOLDS_REPLY, Replies, renamed, to_replies
 from xalign.data.sources import column_names
 from xalign.disk import write_atomically, writing
-from xalign.errors import ConfigError, DataError
+from xalign.errors import ConfigError, DataError, NotFinite
 from xalign.evaluation.report import pyplot, save_figure
+from xalign.nn.quantize import quantize
 from xalign.prepare import data_digest, say
-from xalign.runs import METRICS, RunFolder, read_jsonl, strict
-from xalign.score_config import ScoreConfig, ScoreOptions, ScorerOptions
+from xalign.runs import METRICS, RunFolder, read_json, read_jsonl, strict
+from xalign.score_config import RewardBenchConfig, ScoreConfig, ScoreOptions, refuse
 from xalign.scoring import Scorer
-from xalign.stages import choose_device
+from xalign.stages import choose_device, quantisation, quantised
 
 T = TypeVar("T")
 CHUNK = 512  # records whose results are written together; a resumed file goes on at such a border, to the same numbers
@@ -40,24 +41,48 @@ def run_score(config: ScoreConfig) -> None:
     if len(given) != 1:
         raise ConfigError(f"{' and '.join(given) or 'nothing'} given to score, allowed is one of --prompt with --response, "
                           "--dataset, and --serve")
-    if config.score.response is not None and given != ["--prompt"]:
-        raise ConfigError("--response goes with --prompt")
+    for options, names, flag in ((config.score, ("response",), "--prompt"), (config.serve, vars(config.serve), "--serve"),
+                                 (config.score, ("columns", "limit", "output_dir", "overwrite"), "--dataset")):
+        if given != [flag]:
+            refuse(options, names, f"goes with {flag}")
+    if config.score.output_dir is None:
+        refuse(config.score, ("overwrite",), "goes with --output-dir")
     if config.serve.serve:
+        refuse(config.score, ("chat", "system"), "doesn't go with --serve: a request's messages say it")
         return _serve(config)
     if config.score.prompt is not None:
         if config.score.response is None:
             raise ConfigError("--prompt needs --response")
         prompt = as_prompt(config.score.prompt, config.score, "the prompt")
-        print(repr(round(float(load(config.scorer).score([prompt], [config.score.response])[0]), 6)))
-        return None
+        reward = float(load(config).score([prompt], [config.score.response])[0])
+        print(repr(round(reward, 6)))
+        return all_finite(not math.isfinite(reward), 1)
     return _score_file(config)
 
 
-def load(options: ScorerOptions) -> Scorer:
-    """The scorer that the settings name."""
+def load(config: ScoreConfig | RewardBenchConfig) -> Scorer:
+    """The scorer that the settings name, its weights quantised where they say so."""
+    options, device = config.scorer, choose_device(config.scorer.device)
+    bits, method, group = quantisation(config.quant, device)
     settings = {k: v for k, v in vars(options).items() if k not in ("model", "normalize", "device")}
     normalize = {"auto": None, "always": True, "never": False}[options.normalize]
-    return scoring.open(options.model, normalize=normalize, device=choose_device(options.device), **settings)
+    scorer = scoring.open(options.model, normalize=normalize, device=device, **settings)
+    if bits:
+        networks = getattr(scorer, "networks", [])
+        if not networks:
+            raise ConfigError(f"--load-in-{bits}bit with --model {options.model}, which has no weights here: allowed is a "
+                              "reward model or a policy")
+        for network in networks:
+            quantize(network, bits, group_size=group, head=config.quant.quant_head, method=method)
+        say(f"{options.model}: {quantised(networks[0]).partition(', bf16')[0]}, the rest bfloat16")
+    return scorer
+
+
+def all_finite(lost: int, scores: int) -> None:
+    """Raise `NotFinite` where scores are lost; what could be computed is written by then."""
+    if lost:
+        raise NotFinite(f"{lost:,} of {scores:,} scores {'is' if lost == 1 else 'are'} not finite (null in files), allowed are "
+                        "a model and texts that give numbers")
 
 
 def _serve(config: ScoreConfig) -> None:
@@ -65,7 +90,7 @@ def _serve(config: ScoreConfig) -> None:
 
     options = config.serve
     with listen(options.host, options.port) as listening:  # before the model is loaded: a taken port is told at once
-        scorer = load(config.scorer)
+        scorer = load(config)
         if not isinstance(scorer, scoring.GoldScorer | scoring.RewardScorer | scoring.ImplicitScorer):
             raise ConfigError(f"--serve with --model {config.scorer.model}, which is served already: allowed is a model")
         serve(scorer, listening, ServeLimits(config.scorer.batch_size, options.queue_size, options.max_bytes,
@@ -76,20 +101,22 @@ def _score_file(config: ScoreConfig) -> None:
     options = config.score
     total = sum(1 for _ in _records(options))  # reads all once: a bad record ends the program before anything is scored
     if options.output_dir is None:
-        rewards, scorer = [], load(config.scorer)
+        rewards, scorer = [], load(config)
         for rows in chunked(_records(options), lambda part: _rows(scorer, part), None, "", total, scorer):
             for row in rows:
                 print(json.dumps(strict(row), ensure_ascii=False, default=str))
                 rewards.append(_rewards(row))
-        say(_told(summary(rewards, getattr(scorer, "cut", 0)), rewards))
-        return
+        found = summary(rewards, getattr(scorer, "cut", 0))
+        say(_told(found, rewards))
+        return all_finite(found["not_finite"], found["scores"])
     with RunFolder(options.output_dir) as run:
         claim(run, "score", config, [str(options.dataset)], options.overwrite)
         if (run.path / SUMMARY).exists():
             say(f"{run.path} is finished (--overwrite scores it anew); the scores are in")
             print(run.path / SCORES)
-            return
-        scorer = load(config.scorer)
+            found = read_json(run.path / SUMMARY)
+            return all_finite(found["not_finite"], found["scores"])
+        scorer = load(config)
         parts = chunked(_records(options), lambda part: _rows(scorer, part), run, SCORES, total, scorer)
         rewards = [_rewards(row) for rows in parts for row in rows]
         found = summary(rewards, texts_cut(run))
@@ -98,6 +125,7 @@ def _score_file(config: ScoreConfig) -> None:
         write_atomically(run.path / SUMMARY, json.dumps(strict(about | found), indent=2) + "\n")
         say(_told(found, rewards))
         print(run.path / SCORES)
+        return all_finite(found["not_finite"], found["scores"])
 
 
 def claim(run: RunFolder, program: str, config: Any, files: Sequence[str], overwrite: bool) -> None:
@@ -109,13 +137,12 @@ def claim(run: RunFolder, program: str, config: Any, files: Sequence[str], overw
 def _records(options: ScoreOptions) -> Iterator[tuple[dict[str, Any], Replies]]:
     columns = column_names(options.columns) or {}
     for name in columns:
-        if name not in (allowed := ("prompt", "responses", "messages", *REPLY_NAMES)):
+        if name not in (allowed := ("prompt", *HOLDS_REPLY)):
             raise ConfigError(f"--columns has {name!r}, allowed names are {', '.join(allowed)}")
     for where, record in itertools.islice(raw_records(str(options.dataset)), options.limit):
         if missing := [theirs for theirs in columns.values() if theirs not in record]:
             raise DataError(f"{where}: no column {missing[0]!r}, only {', '.join(map(repr, record))}"[:300])
-        named = {k: v for k, v in record.items() if k not in columns.values()} | {k: record[v] for k, v in columns.items()}
-        told = to_replies(named, where)
+        told = to_replies(renamed(record, columns), where)
         yield record, Replies(as_prompt(told.prompt, options, where), told.replies, told.several, where)
 
 

@@ -1,7 +1,20 @@
 """The settings of `xalign score` and `xalign rewardbench`."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
+
+from xalign.config import QuantOptions
+from xalign.errors import ConfigError
+
+
+def refuse(options: Any, names: Iterable[str], why: str) -> None:
+    """Refuse settings that nothing would look at: whoever sets one expects something. Raises `ConfigError`."""
+    default = type(options)()
+    for name in names:
+        if (value := getattr(options, name)) != getattr(default, name):
+            told = "" if isinstance(value, bool) else " " + (" ".join(value) if isinstance(value, tuple) else str(value))
+            raise ConfigError(f"--{name.replace('_', '-')}{told} {why}")
 
 
 @dataclass(frozen=True)
@@ -76,7 +89,7 @@ class ServeOptions:
     max_bytes: int = 64 * 2**20
     """Bytes of a request at most (413)."""
     body_seconds: float = 60.0
-    """How long a request may take to arrive (408)."""
+    """How long a request's body may take to arrive (408), and its head, or a connection to be used again (it is closed)."""
     append_eos: bool = False
     """Queries that don't end with EOS get one; OpenRLHF's clients send it."""
 
@@ -86,6 +99,7 @@ class ScoreConfig:
     """Score replies with a reward model, a DPO policy, the gold reward or a server; or serve scores over HTTP."""
 
     scorer: ScorerOptions = field(default_factory=ScorerOptions)
+    quant: QuantOptions = field(default_factory=lambda: QuantOptions(quant_head=False))
     score: ScoreOptions = field(default_factory=ScoreOptions)
     serve: ServeOptions = field(default_factory=ServeOptions)
 
@@ -122,4 +136,5 @@ class RewardBenchConfig:
     """Measure a reward model, a DPO policy or a judge on RewardBench (1 and 2), by its own arithmetic."""
 
     scorer: ScorerOptions = field(default_factory=ScorerOptions)
+    quant: QuantOptions = field(default_factory=lambda: QuantOptions(quant_head=False))
     bench: BenchOptions = field(default_factory=BenchOptions)

@@ -114,6 +114,7 @@ class RewardScorer:
         if model.tokenizer is None:
             raise ConfigError("the reward model has no tokenizer, allowed is a folder with one")
         self.model, self.tokenizer, self.batch_size, self.max_length = model, model.tokenizer, batch_size, max_length
+        self.networks = [model.net]
         self.truncation_side, self.cut, self.chat = truncation_side, 0, bool(model.tokenizer.chat_template)
         self.normalize = model.normalize_reward if normalize is None else normalize
 
@@ -158,8 +159,8 @@ class ImplicitScorer:
             raise ConfigError(f"kind is {kind!r}, allowed is 'sum', or 'avg' without a reference")
         self.policy, self.reference, self.tokenizer = policy, reference, tokenizer
         self.kind, self.beta, self.batch_size = kind, beta, batch_size
-        models = [model for model in (policy, reference) if model is not None]
-        self.max_length = min([m.max_seq_len for m in models] + ([] if max_length is None else [max_length]))
+        self.networks = [model for model in (policy, reference) if model is not None]
+        self.max_length = min([m.max_seq_len for m in self.networks] + ([] if max_length is None else [max_length]))
         self.mode: TruncationMode = "keep_end" if truncation_side == "left" else "keep_start"
         self.chat, self.cut = bool(tokenizer.chat_template), 0
 

@@ -36,7 +36,8 @@ class Full(Exception):
 
 @dataclass
 class ServeLimits:
-    """What the server holds and waits for at most: texts that run together and that wait, bytes and seconds of a body."""
+    """What the server holds and waits for at most: texts that run together and that wait, bytes of a body, and seconds of a
+    body, of a request's head, and of a connection between two requests."""
 
     batch_size: int = 64
     queue_size: int = 16384
@@ -124,21 +125,23 @@ def rows_of(body: bytes) -> list[Row]:
         raise DataError(f"the body is not JSON ({error})") from None
     if not isinstance(asked, dict):
         raise DataError(f"the body must be a JSON object, not {type(asked).__name__}")
-    used = ("query", "prompts", "responses") if asked.get("responses") is not None else ("query",)
-    given = {name: _listed(asked, name) for name in used if asked.get(name) is not None}
+    given = {name: _listed(asked, name) for name in ("query", "prompts", "responses") if asked.get(name) is not None}
     prompts, responses, query = given.get("prompts"), given.get("responses"), given.get("query")
+    if len({len(entries) for entries in given.values()}) > 1:
+        told = ", ".join(f"{name!r} has {len(entries)}" for name, entries in given.items())
+        raise DataError(f"{told}: allowed are as many entries of each")
     if responses is not None:
-        if prompts is None or len(prompts) != len(responses):
-            raise DataError(f"{len(responses)} responses and {len(prompts or [])} prompts, allowed is as many of both")
+        if prompts is None:
+            raise DataError("'responses' without 'prompts', allowed are as many of both")
         return [(False, as_text(p, f"prompts[{i}]"), None if r is None else reply_text(r, f"responses[{i}]"))
                 for i, (p, r) in enumerate(zip(prompts, responses, strict=True))]
     if query is None:
-        raise DataError(f"no 'query', only {', '.join(map(repr, asked))[:80] or 'nothing'}; "
+        others = f"no 'query', only {', '.join(map(repr, asked))[:80] or 'nothing'}"
+        raise DataError(f"{'the query is null' if 'query' in asked else others}; "
                         "allowed: 'query', a list of texts, or 'prompts' and 'responses'")
     texts = [reply_text(text, f"query[{i}]", "query") for i, text in enumerate(query)]
-    prompts = asked.get("prompts")  # of OpenRLHF's, which not every scorer looks at
-    told = prompts if isinstance(prompts, list) and len(prompts) == len(texts) else [None] * len(texts)
-    return [(True, text, prompt if isinstance(prompt, str) else None) for text, prompt in zip(texts, told, strict=True)]
+    return [(True, text, prompt if isinstance(prompt, str) else None)  # which not every scorer looks at
+            for text, prompt in zip(texts, prompts or [None] * len(texts), strict=True)]
 
 
 def _listed(asked: dict[str, Any], name: str) -> list[Any]:
@@ -240,6 +243,33 @@ def serve(scorer: TextScorer, listening: socket.socket, limits: ServeLimits) -> 
     except ImportError:
         raise ConfigError("--serve needs starlette and uvicorn: pip install 'xalign[serve]'") from None
 
+    from uvicorn.protocols.http.auto import AutoHTTPProtocol
+
+    class Protocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
+        """uvicorn's own, which would wait for ever for the end of a request's head, and for a reply to be read."""
+
+        timer: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            self.await_request(None)
+
+        def on_response_complete(self) -> None:
+            before = self.cycle
+            super().on_response_complete()  # which may begin the next request, if that is here already
+            self.await_request(before)
+
+        def connection_lost(self, error: Exception | None) -> None:
+            super().connection_lost(error)
+            if self.timer is not None:
+                self.timer.cancel()
+
+        def await_request(self, before: Any) -> None:
+            """End the connection unless a new request's head is whole in time (its body has a limit of its own)."""
+            if self.timer is not None:
+                self.timer.cancel()
+            self.timer = self.loop.call_later(limits.body_seconds, lambda: self.cycle is before and self.transport.abort())
+
     class Server(uvicorn.Server):
         @contextlib.contextmanager
         def capture_signals(self) -> Iterator[None]:
@@ -252,7 +282,7 @@ def serve(scorer: TextScorer, listening: socket.socket, limits: ServeLimits) -> 
                     signal.signal(kind, handler)
 
     config = uvicorn.Config(application(scorer, limits), log_level="warning", access_log=False, lifespan="on",
-                            timeout_graceful_shutdown=10, server_header=False)
+                            timeout_graceful_shutdown=10, server_header=False, http=Protocol)
     host, port = listening.getsockname()[:2]
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}/get_reward"
     print(f"scoring on {address} (Ctrl-C ends it)", file=sys.stderr, flush=True)

@@ -334,7 +334,8 @@ def preference(config: DPOConfig, policy: nn.Module, reference: nn.Module | None
     own = ("gamma", "tau", "desirable_weight", "undesirable_weight")
     return DPO(policy, beta=loss.beta, ref_model=reference, loss=loss.loss_type, label_smoothing=loss.label_smoothing,
                loss_weights=weights, loss_options={name: getattr(loss, name) for name in own}, divergence=loss.f_divergence,
-               divergence_alpha=loss.f_alpha, ld_alpha=loss.ld_alpha, share_prefix=loss.share_prefix, packed=loss.packed)
+               divergence_alpha=loss.f_alpha, ld_alpha=loss.ld_alpha, use_weighting=loss.use_weighting,
+               share_prefix=loss.share_prefix, packed=loss.packed)
 
 
 def same_ids(one: Tokenizer, other: Tokenizer, records: list[PreferencePair | Labelled]) -> bool:

@@ -56,7 +56,7 @@ def run_reward(config: RewardConfig) -> None:
             say(f"{run.path} is finished; --overwrite runs it anew. From its report:")
             print(report.read_text(encoding="utf-8").split("## Calibration")[0].strip())
             return
-        data, examples = ranked_data(config.data, config.training.seed)
+        data, examples = ranked_data(config.data, config.training.seed, config.reward.margin)
         start_reporting(config, run)
         print(learn(config, run, data, examples, device))
         say(f"reward model: {finished}; report: {report}")

@@ -19,7 +19,6 @@ from xalign.logprobs import sequence_logprobs
 from xalign.nn.decoding import evaluating
 from xalign.nn.lora import has_lora
 from xalign.nn.products import linear
-from xalign.nn.reward import RewardModel
 from xalign.nn.transformer import TransformerWrapper
 
 TIMED = ("seconds", "tokens_per_second", "U")  # what a line of the log has from the clock: the rest is resumed to the bit
@@ -59,7 +58,7 @@ def shared_flops(model: nn.Module, lengths: Sequence[Sequence[int]]) -> float:
         total += 2 * block * depth * (prompt + replies) - 2 * (block - 2 * d * keys) * prompt
         seen = sum(c * prompt + c * (c + 1) / 2 for c in completions)
         total += 4 * queries * ((depth - 1) * prompt * (prompt + 1) / 2 + depth * seen)
-        total += 2 * d * net.num_tokens * replies * (not isinstance(model, RewardModel))
+        total += 2 * d * net.num_tokens * replies * getattr(model, "makes_logits", True)
     return total
 
 

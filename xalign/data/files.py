@@ -152,7 +152,7 @@ def _parse(text: str, name: str, number: int) -> Any:
         return json.loads(text.rstrip("\r\n"))
     except json.JSONDecodeError as error:
         where = f"{name}:{number + error.lineno - 1}"
-        raise DataError(f"{where}: not valid JSON: {error.msg} at column {error.colno}") from error
+        raise DataError(f"{where}: not valid JSON: {error.msg.removesuffix(' at')} at column {error.colno}") from error
 
 
 def _lines(name: str) -> Iterator[tuple[int, str]]:

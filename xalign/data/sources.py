@@ -4,6 +4,7 @@
 """
 
 import itertools
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import TypeVar
@@ -117,6 +118,15 @@ def column_names(settings: Iterable[str], flag: str = "--columns",
             raise ConfigError(f"{flag} has {setting!r}, allowed are settings like {example}, each name once")
         names[ours] = theirs
     return names or None
+
+
+def refuse_twice(paths: Iterable[Path], instead: str = "") -> None:
+    """Raise `ConfigError` for a file that is given twice, by whatever path: its records would count twice, unasked."""
+    seen: set[str] = set()
+    for path in paths:
+        if (real := os.path.realpath(path)) in seen:
+            raise ConfigError(f"{path} is given twice, allowed is once{instead}")
+        seen.add(real)
 
 
 def columns_by_file(settings: Iterable[str], paths: Iterable[Path]) -> dict[Path, dict[str, str] | None]:

@@ -27,7 +27,6 @@ from xalign.data.records import Text
 from xalign.dpo import DPO, unwrap
 from xalign.logprobs import scored_logprobs
 from xalign.nn.decoding import evaluating
-from xalign.nn.reward import RewardModel
 from xalign.nn.transformer import TransformerWrapper
 from xalign.objectives import pair_masks
 from xalign.tokenizers import Tokenizer
@@ -99,8 +98,8 @@ def each_batch(model: nn.Module, lengths: Sequence[int] | np.ndarray, collate: C
     where its logits would be more than `SCORED_LOGITS`.
     """
     order = np.argsort(np.asarray(lengths), kind="stable")
-    device, vocab = next(model.parameters()).device, getattr(unwrap(model), "num_tokens", 1)
-    vocab = 1 if isinstance(model, RewardModel) else vocab  # which has no logits
+    device = next(model.parameters()).device
+    vocab = getattr(unwrap(model), "num_tokens", 1) if getattr(model, "makes_logits", True) else 1
     with evaluating(model), tqdm(total=len(order), desc=progress, unit="pair", disable=not progress, mininterval=1) as bar:
         at = 0
         while at < len(order):

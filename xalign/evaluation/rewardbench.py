@@ -12,9 +12,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from xalign.data.files import Path, keys_of, raw_records
+from xalign.data.files import Path, raw_records
 from xalign.data.records import Message, Text
-from xalign.data.replies import as_text, reply_text
+from xalign.data.replies import as_text, keys_told, reply_text
 from xalign.errors import DataError
 
 SECTIONS: dict[str, dict[str, int]] = {
@@ -69,8 +69,11 @@ def to_row(record: Mapping[str, Any], where: str, prior_set: str | None = None) 
     """A record of either version, or of a prior set. Raises `DataError` for another shape and an unknown subset."""
     for name in ("prompt", "chosen", "rejected"):
         if record.get(name) is None:
-            raise DataError(f"{where}: no {name!r} but {keys_of(dict(record))}; allowed: RewardBench's rows")
-    prompt, id, subset = as_text(record["prompt"], where), record.get("id"), prior_set or str(record.get("subset"))
+            raise DataError(f"{where}: no {name!r} but {keys_told(record)}; allowed: RewardBench's rows")
+    prompt, id, subset = as_text(record["prompt"], where), record.get("id"), prior_set or record.get("subset")
+    if not isinstance(subset, str):
+        raise DataError(f"{where}: no 'subset' but {keys_told(record)}; allowed: RewardBench's rows, and a prior set's without "
+                        "by --prior-sets NAME=FILE")
     id = id if isinstance(id, str | int) else where
     chosen = record["chosen"]
     if prior_set is None and (subset in SUBSETS_2 or (isinstance(chosen, list) and all(isinstance(c, str) for c in chosen))):

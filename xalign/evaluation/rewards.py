@@ -15,6 +15,7 @@ from xalign.data import toyworld
 from xalign.data.collate import EncodedRanked, RankedBatch, collate_ranked
 from xalign.data.records import PreferencePair
 from xalign.disk import write_atomically
+from xalign.evaluation.intervals import wilson
 from xalign.evaluation.metrics import Estimate, accuracies, each_batch, estimate
 from xalign.evaluation.report import SHOWN, plot_lines, prose, pyplot, save_figure
 from xalign.objectives import Reward
@@ -66,11 +67,9 @@ def calibration(margins: Tensor, bins: int = BINS) -> list[Bin]:
     order = margins.abs().argsort()
     found = []
     for part in order.tensor_split(min(bins, len(order))):
-        own, n, z = margins[part], len(part), 1.96
-        observed = float(((own > 0).double() + 0.5 * (own == 0)).mean())
-        middle, spread = observed + z * z / (2 * n), z * math.sqrt(observed * (1 - observed) / n + z * z / (4 * n * n))
-        low, high = ((middle + sign * spread) / (1 + z * z / n) for sign in (-1, 1))
-        found.append(Bin(float(torch.sigmoid(own.abs()).mean()), observed, low, high, n))
+        own, n = margins[part], len(part)
+        right = float(((own > 0).double() + 0.5 * (own == 0)).sum())
+        found.append(Bin(float(torch.sigmoid(own.abs()).mean()), right / n, *wilson(right, n), n))
     return found
 
 

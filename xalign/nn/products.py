@@ -49,8 +49,11 @@ class _Linear(torch.autograd.Function):
         return dx, dw, flat.sum(0) if ctx.needs_input_grad[2] else None
 
 
-def target_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None, held: int = HELD) -> Tensor:
+def target_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None, held: int = HELD,
+                    squares: bool = False) -> Any:
     """log softmax(W h)[target] of each row, nats, fp32: hidden (m, d), weight (v, d), targets (m,) -> (m,).
+
+    With `squares` also the log of the sum over the vocabulary of the squared probabilities, (m,), without gradients.
 
     No more than `held` logits lie in memory at a time: the last rows' are kept for the backward pass, and those before, where
     there are so many, computed once more. Under autocast products are in its dtype; log-sum-exp and gradients' sums are fp32.
@@ -59,26 +62,34 @@ def target_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tenso
     hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type) if auto else weight.dtype)
     with torch.autocast(hidden.device.type, enabled=False):
         parts = -(-len(hidden) * weight.shape[0] // held)  # of equal size: all but one are computed twice
-        return _TargetLogprobs.apply(hidden, weight, targets, bias, max(1, -(-len(hidden) // max(1, parts))))
+        found = _TargetLogprobs.apply(hidden, weight, targets, bias, max(1, -(-len(hidden) // max(1, parts))), squares)
+        return found if squares else found[0]
 
 
 class _TargetLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, size: int) -> Tensor:
-        out, sums, logits, original, weight = [], [], None, weight, weight.to(hidden.dtype)
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, size: int,
+                squares: bool) -> tuple[Tensor, Tensor | None]:
+        out, sums, twice, logits, original, weight = [], [], [], None, weight, weight.to(hidden.dtype)
         for h, t in zip(hidden.split(size), targets.split(size), strict=True):
             logits = linear(h, weight, bias)
             chosen, whole = logits.gather(1, t[:, None])[:, 0].float(), _logsumexp(logits)
             out.append(chosen - whole)
             sums.append(whole)
+            if squares:
+                twice.append(_logsumexp(logits, 2) - 2 * whole)
         ctx.size, ctx.dtype = size, original.dtype  # the weight's own, which under autocast its gradient is not rounded below
         ctx.save_for_backward(hidden, weight, targets, bias, torch.cat(sums) if sums else hidden.new_zeros(0))
         # no output and no input: kept by hand, for one backward pass, which writes into it
         ctx.logits = logits if any(ctx.needs_input_grad) else None
-        return torch.cat(out) if out else hidden.new_zeros(0, dtype=torch.float32)
+        none = hidden.new_zeros(0, dtype=torch.float32)
+        square = (torch.cat(twice) if twice else none.clone()) if squares else None
+        if square is not None:
+            ctx.mark_non_differentiable(square)
+        return torch.cat(out) if out else none, square
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden, weight, targets, bias, sums = ctx.saved_tensors
         new = torch.empty_like if len(hidden) else torch.zeros_like  # the first product is written there, the others are added
         dh = new(hidden, dtype=torch.float32) if ctx.needs_input_grad[0] else None
@@ -104,16 +115,17 @@ class _TargetLogprobs(torch.autograd.Function):
             if db is not None:
                 db += d.sum(0)
         dh = None if dh is None else dh.to(hidden.dtype)
-        return dh, None if dw is None else dw.to(ctx.dtype), None, None if db is None else db.to(bias.dtype), None
+        return dh, None if dw is None else dw.to(ctx.dtype), None, None if db is None else db.to(bias.dtype), None, None
 
 
 def _add(to: Tensor, product: Tensor, first: bool) -> None:
     to.copy_(product) if first else to.add_(product)
 
 
-def _logsumexp(logits: Tensor) -> Tensor:
+def _logsumexp(logits: Tensor, times: int = 1) -> Tensor:
     """In fp32, as few rows at a time as stay in cache."""
-    return torch.cat([part.float().logsumexp(-1) for part in logits.split(_few(logits))])
+    parts = (part.float() for part in logits.split(_few(logits)))
+    return torch.cat([(part if times == 1 else part * times).logsumexp(-1) for part in parts])
 
 
 def _few(logits: Tensor) -> int:

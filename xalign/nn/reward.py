@@ -29,6 +29,7 @@ class RewardModel(nn.Module):
     `mean` and `std` are of rewards on held-out texts; `normalize_reward` says whether `score` counts in them by itself.
     """
 
+    makes_logits: ClassVar[bool] = False  # as a language model does: what counts memory or operations asks
     # of `xalign.checkpoint`, which puts them here: this file knows no files
     from_pretrained: ClassVar[Callable[..., "RewardModel"]]
     save_pretrained: ClassVar[Callable[..., None]]

@@ -318,8 +318,10 @@ class TransformerWrapper(nn.Module):
         return self.logits(x[:, 0])
 
     def branch_logprobs(self, tokens: Tensor, begin: Tensor, end: Tensor, sides: int, rows: Tensor, columns: Tensor,
-                        targets: Tensor) -> Tensor:
+                        targets: Tensor, squares: bool = False) -> Any:
         """Log-probabilities (m,), nats, fp32, of the `targets` (m,) behind these `rows` and `columns` (m,) of tokens (b, n).
+
+        With `squares` also the log of the sum of the squared probabilities at these places, (m,), as `target_logprobs`.
 
         `Branches` says what begin, end (b,) and `sides` mean; columns are those of branches. No padding runs through
         the layers, and never are more than `products.HELD` logits held. Raises `ValueError` as the model's call does.
@@ -328,10 +330,10 @@ class TransformerWrapper(nn.Module):
         hidden = self.branch_hidden(tokens, begin, end, sides, rows, columns)
         head: Any = self.token_emb if self.to_logits is None else self.to_logits
         if isinstance(head, (Linear, nn.Embedding)):
-            return target_logprobs(hidden, head.weight, targets)
+            return target_logprobs(hidden, head.weight, targets, squares=squares)
         with torch.no_grad():  # quantised: its product with 1 is the weight
             weight = head(torch.eye(hidden.shape[1], dtype=hidden.dtype, device=hidden.device)).t()
-        return target_logprobs(hidden, weight, targets)
+        return target_logprobs(hidden, weight, targets, squares=squares)
 
     def branch_hidden(self, tokens: Tensor, begin: Tensor, end: Tensor, sides: int, rows: Tensor, columns: Tensor) -> Tensor:
         """Final hidden states (m, d) at these `rows` and `columns` (m,) of tokens (b, n); arguments as in `branch_logprobs`."""
