@@ -195,7 +195,7 @@ def test_a_record_for_imitation_asks_what_stands_before_its_answer(tmp_path):
     ({"backend": "native", "model": "x", "batchsize": 1}, "no option 'batchsize', did you mean 'batch_size'"),
     ({"backend": "openai", "model": "x", "base_url": "http://127.0.0.1:1", "dialect": "openai", "sampling": {"top_k": 5}},
      "x: top_k is 5, which this backend doesn't honour"),
-    ({"backend": "transformers", "model": "x", "sampling": {"length_penalty": 2}}, "x: length_penalty is 2, which this"),
+    ({"backend": "vllm", "model": "x", "sampling": {"length_penalty": 2}}, "x: length_penalty is 2, which this"),
 ])
 def test_all_models_are_checked_before_the_first_is_asked(tmp_path, capsys, wrong, message):
     with Server() as server:
