@@ -24,11 +24,11 @@ PROMPTS = ["", "a", "The fox", "Once upon a time", "naïve 😀", "x" * 40, "a\n
 CHATS = [(Message("user", "hi"),), (Message("system", "be kind"), Message("user", "who is it?"))]
 
 
-def make_folder(path: Path, context: int = 96, seed: int = 3) -> str:
+def make_folder(path: Path, context: int = 96, seed: int = 3, **options) -> str:
     """A tiny Llama with a byte tokenizer; its weights are sharp, and its texts are ASCII letters and a few bytes above."""
     tokenizer = ByteTokenizer()
     tokenizer.chat_template = "{{ bos_token }}" + FORMATS["falcon"].template
-    model = tiny(seed, **LLAMA, num_tokens=tokenizer.vocab_size, max_seq_len=context, sharp=6.0)
+    model = tiny(seed, **LLAMA, **options, num_tokens=tokenizer.vocab_size, max_seq_len=context, sharp=6.0)
     save_pretrained(model, path, tokenizer)
     return str(path)
 
@@ -333,12 +333,18 @@ def test_a_missing_engine_is_named(monkeypatch, folder):
 
 
 @pytest.mark.slow
-def test_vllm_itself(native, folder):
+def test_vllm_itself(tmp_path, monkeypatch):
     """Greedy texts of a real vLLM where one is installed (its kernels want heads of 32 or more: a model of its own)."""
     pytest.importorskip("vllm")
-    backend = backends.open(f"vllm:{folder}")
-    params = SamplingParams(temperature=0, max_new_tokens=24)
-    assert texts(backend.generate(PROMPTS[1:], params)) == texts(native.generate(PROMPTS[1:], params))
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    first, second = (make_folder(tmp_path / str(seed), seed=seed, dim=64, attn_dim_head=32, heads=2) for seed in (3, 4))
+    params, stopped = SamplingParams(temperature=0, max_new_tokens=24), SamplingParams(temperature=0, stop=("e",))
+    backend = backends.open({"backend": "vllm", "model": first, "dtype": "float32"})
+    for folder in (first, second):
+        native = backends.open(f"native:{folder}")
+        for given in (params, stopped):
+            assert texts(backend.generate(PROMPTS[1:], given)) == texts(native.generate(PROMPTS[1:], given))
+        backend.refresh(second)
 
 
 # -- the program ----------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import pytest
 
 from tests.server import Server, prompt_of
 from tests.test_collect import lines, run
+from xalign.annotate import read_completions
 from xalign.binarize import Tally, as_pair, binarized, chosen_rejected, score
 from xalign.collect_config import BinarizeOptions
 from xalign.data import toyworld
@@ -90,10 +91,15 @@ def test_scores(overall, ratings, options, expected):
     assert score(completion(overall, **ratings), BinarizeOptions(**options)) == expected
 
 
-@pytest.mark.parametrize("value", ["8", True, float("nan"), float("inf"), [1]])
-def test_a_score_that_is_no_number(value):
-    with pytest.raises(DataError, match="an overall_score is"):
-        score(completion(value), BinarizeOptions())
+@pytest.mark.parametrize(("change", "message"), [
+    *(({"overall_score": v}, "an overall_score is") for v in ("8", True, float("nan"), float("inf"), [1])),
+    *(({"annotations": v}, "annotations are") for v in ([1], {"honesty": "5"}, {"honesty": []})),
+])
+def test_a_completion_whose_notes_are_malformed(tmp_path, change, message):
+    rows = [record(completion(1)), record(completion(1) | change)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    with pytest.raises(DataError, match=f"a.jsonl:2: {message}"):
+        list(read_completions(str(tmp_path / "a.jsonl")))
 
 
 def test_pairs_are_read_as_they_were_meant(tmp_path, capsys):
@@ -117,6 +123,9 @@ def test_pairs_are_read_as_they_were_meant(tmp_path, capsys):
         assert [(p.prompt, p.chosen, p.rejected) for p in theirs] == [(p.prompt, p.chosen, p.rejected) for p in read]
         report = (out / "report.md").read_text()
         assert "2 pairs" in report and "b\\|c" in report and (out / "wins.png").stat().st_size > 3000 and "scores.png" in report
+    kept = {p.name: p.read_bytes() for p in out.iterdir()}
+    assert run("binarize", "--annotated", tmp_path / "chats.jsonl", "--min-margin", 99, "--output-dir", out) == 2
+    assert kept == {p.name: p.read_bytes() for p in out.iterdir()}  # what makes no pair leaves an earlier result alone
     assert read_pairs(tmp_path / "texts/pairs.jsonl")[0].prompt == "once" and read[0].prompt[0].content == "why?"
     assert [m.role for m in read[1].prompt] == ["system", "user"] and read[1].chosen[0].content == "b|c says 2"
     assert "| a |  | 0.50 |" in report
@@ -139,17 +148,18 @@ def test_pairs_are_read_as_they_were_meant(tmp_path, capsys):
 
 def test_trl_reads_the_pairs(tmp_path):
     datasets = pytest.importorskip("datasets")
-    from trl.data_utils import extract_prompt, is_conversational
+    from trl.data_utils import is_conversational, maybe_extract_prompt
 
     rows = [as_pair(record(), completion(2, "a"), completion(1, "b"), 2.0, 1.0)]
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     loaded = datasets.load_dataset(
         "json", data_files=str(tmp_path / "p.jsonl"), split="train", cache_dir=str(tmp_path / "cache")
     )
-    example = {k: loaded[0][k] for k in ("chosen", "rejected")}
-    assert is_conversational(example)
-    told = extract_prompt(example)
-    assert told["prompt"] == [{"role": "user", "content": "do it"}] and told["chosen"][0]["content"] == "a says 2"
+    told = maybe_extract_prompt(loaded[0])
+    for key in ("prompt", "chosen", "rejected"):  # TRL looks at any of the three
+        assert is_conversational({key: told[key]})
+    assert told["prompt"] == [{"role": "user", "content": "do it"}]
+    assert told["chosen"] == [{"role": "assistant", "content": "a says 2"}]
 
 
 COUNT = itertools.count()

@@ -9,6 +9,7 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ import torch
 from tests.server import Server, prompt_of
 from tests.test_backends import make_folder
 from xalign import judge
-from xalign.annotate import annotated, judge_rows, read_completions, score_rows
+from xalign.annotate import annotated, asked_of, judge_rows, judgements, read_completions, score_rows, scores
 from xalign.backends.base import Completion
 from xalign.cli import main
 from xalign.collect import as_json, from_json
@@ -119,7 +120,10 @@ def test_principles_go_into_the_system_text(tmp_path):
     ("change", "message"),
     [
         ({"seeed": 1}, "no setting 'seeed', did you mean 'seed'"),
-        ({"completions": 0}, "completions is 0, allowed is a whole number >= 1"),
+        ({"completions": 0}, "completions is 0, allowed is a whole number from 1 to 1000"),
+        ({"completions": 10**9}, "completions is 1000000000, allowed is"),
+        ({"sampling": {"max_new_tokens": 0}}, "max_new_tokens is 0"),
+        ({"principles": {"flan": {"honesty": True}}}, "weights >= 0"),
         ({"models": []}, "models is [], allowed is a list of objects, each with 'model'"),
         ({"models": [{"backend": "native"}]}, "models is"),
         ({"models": ["openai:a", "openai:a"]}, "two models are called 'a'"),
@@ -177,6 +181,31 @@ def test_yaml_and_json_are_the_same_plan(tmp_path):
     assert load_plan(str(path)).digest() == load_plan(str(tmp_path / "plan.yaml")).digest()
 
 
+def test_a_record_for_imitation_asks_what_stands_before_its_answer(tmp_path):
+    plan = write_plan(tmp_path, "http://127.0.0.1:1/v1")
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    (tmp_path / "tasks.jsonl").write_text("".join(json.dumps({"messages": m}) + "\n" for m in (turns, turns * 2, turns[1:])))
+    found = load_plan(str(plan)).instructions()
+    assert next(found).prompt == "q" and [m.content for m in next(found).prompt] == ["q", "a", "q"]
+    with pytest.raises(DataError, match=r"tasks.jsonl:3: the messages hold no instruction"):
+        next(found)
+
+
+@pytest.mark.parametrize(("wrong", "message"), [
+    ({"backend": "native", "model": "x", "batchsize": 1}, "no option 'batchsize', did you mean 'batch_size'"),
+    ({"backend": "openai", "model": "x", "base_url": "http://127.0.0.1:1", "dialect": "openai", "sampling": {"top_k": 5}},
+     "x: top_k is 5, which this backend doesn't honour"),
+    ({"backend": "vllm", "model": "x", "sampling": {"length_penalty": 2}}, "x: length_penalty is 2, which this"),
+])
+def test_all_models_are_checked_before_the_first_is_asked(tmp_path, capsys, wrong, message):
+    with Server() as server:
+        plan = write_plan(tmp_path, server.url, models=1)
+        values = json.loads(plan.read_text())
+        plan.write_text(json.dumps(values | {"models": [*values["models"], wrong]}))
+        assert run("collect", "--plan", plan, "--output-dir", tmp_path / "out") == 2 and not server.bodies
+        assert message in capsys.readouterr().err
+
+
 # -- the journal ----------------------------------------------------------------------------------------------------
 
 
@@ -215,7 +244,7 @@ def test_a_folder_is_for_one_plan_and_one_process(tmp_path):
         pass
     with claimed(tmp_path / "f", {"a": 1}, False, ("x",)):
         pass
-    with pytest.raises(CheckpointError, match="was made with another a"), claimed(tmp_path / "f", {"a": 2}, False, ()):
+    with pytest.raises(CheckpointError, match="was made with a = 1, now it is 2"), claimed(tmp_path / "f", {"a": 2}, False, ()):
         pass
     (tmp_path / "f" / "x").write_text("old")
     with claimed(tmp_path / "f", {"a": 2}, True, ("x",)):
@@ -283,7 +312,7 @@ def test_records_in_ultrafeedback_s_shape(tmp_path, capsys):
         (tmp_path / "tasks.jsonl").write_text('{"instruction": "another"}\n')
         assert (
             run("collect", "--plan", plan, "--output-dir", out) == 2
-            and "was made with another content" in capsys.readouterr().err
+            and "was made with content = " in capsys.readouterr().err
         )
         assert run("collect", "--plan", plan, "--output-dir", out, "--dry-run") == 0
         assert "1 instructions, 2 completions each" in capsys.readouterr().out
@@ -444,14 +473,10 @@ def test_other_scores_are_asked_for_again(reply):
         judge.read_critique(f"Feedback: x\nOverall Score: {reply}")
 
 
-class Notes(dict):
-    """A journal in memory."""
-
-    def add(self, row, slot, failed, record):
-        self[row] = (failed, record)
+BAR = SimpleNamespace(update=lambda n=1: None)
 
 
-def test_texts_are_shuffled_and_put_back():
+def test_texts_are_shuffled_and_put_back(tmp_path):
     """A judge that rates by length, whatever the order it sees; its first reply to each request is of no use."""
     rows = [{"instruction": f"q{r}", "source": "flan", "completions": [
         {"model": str(i), "response": "x" * (i + 1), "custom_system_prompt": None} for i in range(4)]} for r in range(6)]
@@ -459,8 +484,10 @@ def test_texts_are_shuffled_and_put_back():
     seen, asked = Counter(), Counter()
 
     class ByLength:
-        def generate(self, prompts, params):
-            return [[Completion(self.reply(p[-1].content), (), "stop")] for p in prompts]
+        def generate(self, prompts, params, done):
+            for i, p in enumerate(prompts):
+                assert params.temperature == 0.7 * (asked[p[-1].content] > 0)  # the same request would give the same reply
+                done(i, [Completion(self.reply(p[-1].content), (), "stop")])
 
         def reply(self, text):
             asked[text] += 1
@@ -477,12 +504,18 @@ def test_texts_are_shuffled_and_put_back():
             )
             return "\n\n".join(f"#### Output for Text {i}\n{form.format(n)}" for i, n in enumerate(shown, 1))
 
-    notes, bar = Notes(), type("Bar", (), {"update": lambda self: None})()
-    judge_rows(ByLength(), rows, range(6), notes, bar, seed=0, reask=2)
+    journal = Journal(tmp_path / "parts.jsonl", 6, 8)
+    todo = [(r, slot) for r in range(6) for slot in asked_of(rows[r])]
+    judge_rows(ByLength(), rows, todo[:20], journal, BAR, seed=0, reask=0)  # replies are kept: a start goes on behind them
+    assert journal.failed.sum() == 20 and "the reply has sections" in journal.read(0, 1)["error"]
+    assert set(asked.values()) == {1}
+    journal.close()
+    journal = Journal(tmp_path / "parts.jsonl", 6, 8)
+    judge_rows(ByLength(), rows, todo, journal, BAR, seed=0, reask=2)
     assert len(seen) > 8  # many orders
-    for r, (failed, found) in notes.items():
-        done = annotated(rows[r], found)["completions"]
-        assert not failed and set(asked.values()) == {2}
+    assert not journal.failed.any() and set(asked.values()) == {2} and len(asked) == len(todo) == 47
+    for r, found in enumerate(judgements(rows, journal, 0)):
+        done = annotated(rows[r], *found)["completions"]
         for i, c in enumerate(done):
             if r == 2 and i == 1:
                 assert c["overall_score"] is None and c["annotations"] == {}
@@ -491,11 +524,8 @@ def test_texts_are_shuffled_and_put_back():
             assert {a["Rating"] for a in c["annotations"].values()} == {str(i + 1)} and set(c["annotations"]) == set(
                 judge.ASPECTS
             )
-        assert found["raw"]["honesty"][0] == "I can't say." and len(found["raw"]["critique 0"]) == 2
-    asked.clear()
-    again = Notes()
-    judge_rows(ByLength(), rows[:1], [0], again, bar, seed=0, reask=0)
-    assert again[0][0] and "the reply has sections" in again[0][1]["errors"]["honesty"] and max(asked.values()) == 1
+        assert all(len(journal.read(r, slot)["raw"]) == 2 for slot in asked_of(rows[r]))
+    assert journal.read(0, 1)["raw"][0] == "I can't say."
 
 
 def test_gold_annotation_and_its_restart(tmp_path, capsys):
@@ -524,7 +554,7 @@ def test_gold_annotation_and_its_restart(tmp_path, capsys):
     (tmp_path / "out/parts.jsonl").write_bytes(parts[: len(parts) // 2])
     assert run(*flags) == 0 and lines(tmp_path / "out/annotated.jsonl") == done
     capsys.readouterr()
-    assert run(*flags, "--seed", 1) == 2 and "was made with another seed" in capsys.readouterr().err
+    assert run(*flags, "--seed", 1) == 2 and "was made with seed = 0, now it is 1" in capsys.readouterr().err
     (tmp_path / "d.jsonl").write_text(json.dumps({"instruction": "hi", "completions": [{"response": "x"}]}) + "\n")
     assert run("annotate", "--completions", tmp_path / "d.jsonl", "--output-dir", tmp_path / "o2") == 2
     assert "only the toy world's prompts" in capsys.readouterr().err
@@ -533,20 +563,21 @@ def test_gold_annotation_and_its_restart(tmp_path, capsys):
         list(read_completions(str(tmp_path / "e.jsonl")))
 
 
-def test_a_scorer_with_a_chat_template_is_asked_in_messages():
+def test_a_scorer_with_a_chat_template_is_asked_in_messages(tmp_path, capsys):
     class Chatty:
         chat = True
 
         def score(self, prompts, responses):
             self.prompts = prompts
-            return torch.arange(len(responses))
+            return torch.tensor([0.0, torch.nan, 2.0, 3.0])
 
-    notes, bar, scorer = Notes(), type("Bar", (), {"update": lambda self: None})(), Chatty()
+    journal, scorer = Journal(tmp_path / "parts.jsonl", 2, 1), Chatty()
     rows = [{"instruction": "q", "text": text, "completions": [{"response": "a"}, {"response": None}, {"response": "b"}]}
             for text in (False, True)]
-    score_rows(scorer, rows, [0, 1], notes, bar)
+    score_rows(scorer, rows, [0, 1], journal, BAR)
     assert scorer.prompts == [(Message("user", "q"),)] * 2 + ["q"] * 2
-    assert [found["overall"] for _, found in notes.values()] == [[0.0, None, 1.0], [2.0, None, 3.0]]
+    assert [overall for _, _, overall in scores(rows, journal, 0)] == [[0.0, None, None], [2.0, None, 3.0]]  # NaN is no score
+    assert "warning: 1 scores are no finite numbers" in capsys.readouterr().err
 
 
 def test_prompts_to_json_and_back():

@@ -14,7 +14,8 @@ PACKAGE = ROOT / "xalign"
 
 # One line a floor. The modules of a line may not import one another, unless the line says "in order".
 FLOORS = [
-    "errors disk",
+    "errors",
+    "disk",
     "sampling stopping logprobs optim distributed hub",
     "drawing",
     "losses",

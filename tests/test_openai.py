@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.server import FAULTS, Server
+from tests.server import FAULTS, Handler, Server
 from tests.test_backends import CHATS, PROMPTS, make_folder, texts
 from xalign import backends
 from xalign.backends.base import SamplingParams
@@ -210,6 +210,16 @@ def test_how_long_a_server_asks_to_wait(value, low, high):
 )
 def test_no_usable_word_on_waiting(headers):
     assert _retry_after(headers) is None
+
+
+def test_a_long_wait_ends_by_the_deadline(capsys):
+    with Server() as server, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Handler, "answer", lambda self, body, fault: self.send(429, b"{}", Retry_After="86400"))
+        began = time.monotonic()
+        rows = client(server, deadline=0.5, concurrency=2).generate(["a", "b", "c"], GREEDY)
+    assert time.monotonic() - began < 5 and len(server.bodies) <= 2
+    assert "HTTP 429" in rows[0][0].error and "the last: none, the server asked all to wait" in rows[2][0].error
+    assert capsys.readouterr().err.count("Retry-After is 86400 s: no request for 120 s") == 1
 
 
 def test_inside_a_running_loop():

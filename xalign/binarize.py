@@ -18,6 +18,7 @@ from xalign.collect import as_json, from_json
 from xalign.collect_config import BinarizeConfig, BinarizeOptions
 from xalign.disk import write_atomically
 from xalign.errors import DataError
+from xalign.evaluation.report import pyplot, save_figure
 from xalign.journal import write_lines
 from xalign.judge import fine_grained
 
@@ -51,11 +52,10 @@ def run_binarize(config: BinarizeConfig) -> None:
         for pair in binarized(rows, options, tally):
             made.append(pair)
             yield pair
+        if not made:  # what an earlier start wrote stays
+            raise DataError(f"{options.annotated}: no pair can be made ({_reasons(tally)})")
 
     count = write_lines(folder / PAIRS, pairs())
-    if not count:
-        (folder / PAIRS).unlink()
-        raise DataError(f"{options.annotated}: no pair can be made ({_reasons(tally)})")
     if lacking := _write_parquet(folder / PARQUET, made):
         (folder / PARQUET).unlink(missing_ok=True)
     write_atomically(folder / REPORT, report(tally, count, options, draw(folder, tally)))
@@ -73,7 +73,7 @@ def binarized(rows: Any, options: BinarizeOptions, tally: Tally) -> Iterator[Rec
                   and (value := score(c, options)) is not None]
         for i, (value, c) in enumerate(scored):
             tally.by_model[str(c.get("model"))].append(value)
-            tally.by_principle[str(c.get("principle"))].append(value)
+            tally.by_principle[str(c.get("principle") or "none")].append(value)
             for other, d in scored[:i]:
                 win = (value > other) + 0.5 * (value == other)
                 tally.wins[str(c.get("model")), str(d.get("model"))].append(win)
@@ -88,14 +88,12 @@ def binarized(rows: Any, options: BinarizeOptions, tally: Tally) -> Iterator[Rec
 
 
 def score(completion: Record, options: BinarizeOptions) -> float | None:
-    """A completion's score, None where it has none. Raises `DataError` for one that is no number."""
+    """A completion's score, None where it has none."""
     notes = completion.get("annotations") or {}
     fine = fine_grained({name: a[0] if isinstance(a, list) else a for name, a in notes.items()}) if notes else None
     value = fine if options.score == "mean" else completion.get("overall_score")
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= 1e300:
-        raise DataError(f"an overall_score is {value!r:.40}, allowed is a number")
     if options.fix_tens and options.score == "overall" and value == 10 and fine is not None and fine <= 4:
         return 1.0 if fine <= 2 else None
     return float(value)
@@ -121,17 +119,17 @@ def chosen_rejected(scored: Sequence[tuple[float, Record]], options: BinarizeOpt
 
 
 def as_pair(record: Record, chosen: Record, rejected: Record, high: float, low: float) -> Record:
-    """TRL's record: conversations, with the prompt's text beside them; of continued texts the plain strings."""
+    """TRL's record with an explicit prompt: messages, one of them in each completion; of continued texts the plain strings."""
     prompt = from_json(record["instruction"], "instruction")
     turns: list[Any] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [*as_json(prompt)]
     text = record.get("text") is True
 
     def side(completion: Record) -> Any:
-        return completion["response"] if text else [*turns, {"role": "assistant", "content": completion["response"]}]
+        return completion["response"] if text else [{"role": "assistant", "content": completion["response"]}]
 
     told = prompt if isinstance(prompt, str) else "\n".join(m.content for m in prompt)
     return {
-        "prompt": prompt if text else turns[-1]["content"] if len(turns) == 1 else as_json(prompt),
+        "prompt": prompt if text else turns,
         "prompt_id": hashlib.sha256(told.encode("utf-8", "replace")).hexdigest(),
         "chosen": side(chosen),
         "rejected": side(rejected),
@@ -153,12 +151,7 @@ def _write_parquet(path: Path, pairs: list[Record]) -> str:
     if len({type(p["chosen"]) for p in pairs}) > 1:
         return "a column has one type, and here are texts to continue beside conversations"
     buffer = io.BytesIO()
-    mixed = len({type(p["prompt"]) for p in pairs}) > 1  # a column has one type: then prompts are all conversations
-    rows = [
-        {**p, "prompt": [{"role": "user", "content": p["prompt"]}]} if mixed and isinstance(p["prompt"], str) else p
-        for p in pairs
-    ]
-    parquet.write_table(pyarrow.Table.from_pylist(rows), buffer)
+    parquet.write_table(pyarrow.Table.from_pylist(pairs), buffer)
     write_atomically(path, buffer.getvalue())
     return ""
 
@@ -201,13 +194,9 @@ def _cell(text: str) -> str:
 
 def draw(folder: Path, tally: Tally) -> list[tuple[str, str]]:
     """Draw the pictures; gives (file, caption), nothing where matplotlib is missing."""
-    try:
-        import matplotlib
-    except ImportError:
+    plt = pyplot()
+    if plt is None:
         return []
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     pictures = []
     figure, axes = plt.subplots(1, 3, figsize=(13, 3.8))
     for axis, groups, title in (
@@ -221,8 +210,8 @@ def draw(folder: Path, tally: Tally) -> list[tuple[str, str]]:
         axis.legend(fontsize=7)
     axes[2].hist(tally.margins, bins=20)
     axes[2].set(title="margins of the pairs", ylabel="pairs")
-    pictures.append(("scores.png", "Scores of the completions by model and by principle, and the pairs' margins."))
-    _save(figure, folder / "scores.png", plt)
+    caption = "Scores of the completions by model and by principle, and the pairs' margins."
+    pictures.append(save_figure(plt, folder, figure, "scores.png", caption))
 
     models = sorted(tally.by_model)
     size = 3 + 0.5 * len(models)
@@ -238,14 +227,7 @@ def draw(folder: Path, tally: Tally) -> list[tuple[str, str]]:
     axis.set_xticklabels([m[:20] for m in models], rotation=45, ha="right")
     axis.set_yticklabels([m[:20] for m in models])
     figure.colorbar(image)
-    pictures.append(("wins.png", "How often the row's model scores higher than the column's on the same instruction."))
-    _save(figure, folder / "wins.png", plt)
+    caption = "How often the row's model scores higher than the column's on the same instruction."
+    pictures.append(save_figure(plt, folder, figure, "wins.png", caption))
     return pictures
 
-
-def _save(figure: Any, path: Path, plt: Any) -> None:
-    png = io.BytesIO()
-    figure.tight_layout()
-    figure.savefig(png, dpi=110)
-    write_atomically(path, png.getvalue())
-    plt.close(figure)

@@ -16,6 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from xalign import backends
+from xalign.backends import opening
 from xalign.backends.base import Backend, Completion, failure
 from xalign.collect_config import CollectConfig
 from xalign.data.records import Message, Text
@@ -57,6 +58,9 @@ def collect(plan: Plan, instructions: Sequence[Instruction], drawn: Drawn, journ
     """Ask for all completions that are missing, model by model; each is in the journal at once."""
     missing = journal.missing if retry_failed else journal.at < 0
     total, done = drawn.models.size, drawn.models.size - int(missing.sum())
+    for number, model in enumerate(plan.models):  # all before the first request
+        if (missing & (drawn.models == number)).any():
+            opening.check({**model.spec, "name": model.name}, model.params)
     with tqdm(total=total, initial=done, desc="collect", unit="completion", mininterval=1) as bar:
         for number, model in enumerate(plan.models):
             tasks = np.argwhere(missing & (drawn.models == number))
@@ -137,7 +141,10 @@ def from_json(prompt: Any, where: str) -> Text:
         return prompt
     if not isinstance(prompt, list) or not all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in prompt):
         raise DataError(f"{where}: 'instruction' must be text or a list of messages")
-    return tuple(Message(m["role"], m["content"]) for m in prompt)
+    try:
+        return tuple(Message(m["role"], m["content"]) for m in prompt)
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from None
 
 
 def content(instructions: Sequence[Instruction]) -> str:

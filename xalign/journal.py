@@ -1,6 +1,5 @@
 """Work that is on disk as soon as it is done: a file of JSON lines that only grows, found again by (row, slot)."""
 
-import fcntl
 import json
 import os
 import re
@@ -12,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from xalign.disk import write_atomically, writing
+from xalign.disk import atomic_file, check_same, lock, write_atomically, writing
 from xalign.errors import CheckpointError
 
 HEAD = re.compile(rb'\{"row": (\d+), "slot": (\d+), "failed": (true|false)[,}]')
@@ -93,16 +92,7 @@ def claimed(folder: Path, settings: dict[str, Any], overwrite: bool, owned: tupl
     Raises `CheckpointError` where another process holds it, or where it was made with other settings.
     """
     name = folder / "settings.json"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / ".lock", "w")  # noqa: SIM115  held, hence locked, as long as the block lasts
-    except OSError as error:
-        raise CheckpointError(f"{folder} can't be written ({error.strerror})") from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise CheckpointError(f"{folder} is in use by another process, allowed is one at a time") from None
+    with lock(folder):
         settings = json.loads(json.dumps(settings))
         if overwrite:
             for file in (name, *(folder / file for file in owned)):
@@ -112,12 +102,7 @@ def claimed(folder: Path, settings: dict[str, Any], overwrite: bool, owned: tupl
                 before = json.loads(name.read_text(encoding="utf-8"))
             except ValueError as error:
                 raise CheckpointError(f"{name}: no usable JSON ({error})") from None
-            for key in sorted({*before, *settings}):
-                if before.get(key) != settings.get(key):
-                    raise CheckpointError(
-                        f"{folder} was made with another {key}: allowed are the same settings (it goes on), another "
-                        "--output-dir, or --overwrite"
-                    )
+            check_same(folder, before, settings)
         elif taken := next((file for file in owned if (folder / file).exists()), None):
             raise CheckpointError(f"{folder} holds {taken} but no settings.json, allowed is a new folder or --overwrite")
         else:
@@ -133,16 +118,9 @@ def claimed(folder: Path, settings: dict[str, Any], overwrite: bool, owned: tupl
 
 def write_lines(path: Path, records: Iterator[dict[str, Any]]) -> int:
     """Write JSON lines whole or not at all, one record in memory at a time; gives their number."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     count = 0
-    try:
-        with writing(path), open(temporary, "w", encoding="utf-8", errors="replace") as file:
-            for record in records:
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
-                count += 1
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with atomic_file(path) as file:
+        for record in records:
+            count += 1
+            file.write((json.dumps(record, ensure_ascii=False) + "\n").encode("utf-8", "replace"))
     return count

@@ -40,6 +40,7 @@ WANTED = ("prompt", "messages", "instruction", "input", "text", "source", "corre
 KEYS = ("seed", "completions", "instructions", "models", "sampling", "principles", "honesty_to_calibration", "wordings")
 SETTLED = ("backend", "model", "format", "adapter", "revision", "dtype", "api")  # what an answer depends on, of a spec
 ENTRY = ("file", "source", "limit")
+MOST = 1000  # completions an instruction
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,10 @@ class Plan:
                 prompt = record["instruction"] if instruction else to_prompt(record, where, report)
                 if prompt is None or (isinstance(prompt, str) and not prompt.strip()):
                     raise DataError(f"{where}: the instruction is empty")
+                while isinstance(prompt, tuple) and prompt and prompt[-1].role == "assistant":
+                    prompt = prompt[:-1]  # the answer that a record for imitation ends with
+                if not prompt:
+                    raise DataError(f"{where}: the messages hold no instruction")
                 if isinstance(prompt, tuple) and [m.role for m in prompt] == ["user"]:
                     prompt = prompt[0].content
                 given = {name: record.get(name) or [] for name in ("correct_answers", "incorrect_answers")}
@@ -204,7 +209,7 @@ def read_settings(path: str) -> dict[str, Any]:
 
 def _plan(path: str, values: dict[str, Any]) -> Plan:
     _known(values, KEYS, "setting")
-    seed, k = _whole(values, "seed", 0, 0), _whole(values, "completions", 4, 1)
+    seed, k = _whole(values, "seed", 0, 0), _whole(values, "completions", 4, 1, MOST)
     base = Path(path).parent
     files = []
     for entry in _objects(values, "instructions", "file"):
@@ -259,6 +264,8 @@ def _model(entry: dict[str, Any], shared: Any, base: Path) -> PoolModel:
         kinds = get_args(kind) or (kind,)
         if option != "stop" and type(value) not in kinds and not (float in kinds and type(value) is int):
             raise ConfigError(f"sampling: {option} is {value!r}, allowed is a {'' if float in kinds else 'whole '}number")
+    if options["max_new_tokens"] == 0:
+        raise ConfigError("sampling: max_new_tokens is 0, allowed is a whole number >= 1")
     options["stop"] = tuple(dict.fromkeys((*options.get("stop", ()), *FORMATS[spec.get("format", "chat")].stop)))
     return PoolModel(str(name or spec["model"]), spec, float(weight), SamplingParams(**options))
 
@@ -277,7 +284,7 @@ def _principles(given: Any, wordings: Mapping[str, tuple[str, ...]]) -> dict[str
         if not isinstance(weights, Mapping) or not weights:
             raise ConfigError(f"the principles of {source!r} are {weights!r}, allowed is an object of {{principle: weight}}")
         _known(weights, wordings, "principle")
-        if not all(isinstance(w, int | float) and 0 <= w < 1e9 for w in weights.values()) or not sum(weights.values()):
+        if not all(type(w) in (int, float) and 0 <= w < 1e9 for w in weights.values()) or not sum(weights.values()):
             raise ConfigError(f"the principles of {source!r} are {dict(weights)!r}, allowed are weights >= 0, not all 0")
         found[source] = dict(weights)
     return found
@@ -289,10 +296,10 @@ def _known(values: Mapping[str, Any], known: Any, what: str) -> None:
             raise ConfigError(f"no {what} {name!r}{nearest(str(name), known)}; allowed are {', '.join(known)}")
 
 
-def _whole(values: Mapping[str, Any], name: str, default: int, least: int) -> int:
+def _whole(values: Mapping[str, Any], name: str, default: int, least: int, most: int = 2**31 - 1) -> int:
     value = values.get(name, default)
-    if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**31:
-        raise ConfigError(f"{name} is {value!r}, allowed is a whole number >= {least}")
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        raise ConfigError(f"{name} is {value!r}, allowed is a whole number from {least} to {most}")
     return value
 
 

@@ -1,6 +1,5 @@
 """The run folder: who owns it, with which configuration, its logs and its checkpoints."""
 
-import fcntl
 import json
 import math
 import os
@@ -16,12 +15,12 @@ from torch import nn
 
 from xalign import distributed, sharding
 from xalign.checkpoint import load_trained, save_trained
-from xalign.disk import write_atomically, writing
+from xalign.disk import LOCK, check_same, lock, write_atomically, writing
 from xalign.errors import CheckpointError, XalignError
 from xalign.tokenizers import Tokenizer
 
 KEPT_CHECKPOINTS = 2  # the newest, and the one before in case the newest is damaged
-CONFIG, METRICS, SAMPLES, LATEST, LOCK = "config.json", "metrics.jsonl", "samples.jsonl", "latest", ".lock"
+CONFIG, METRICS, SAMPLES, LATEST = "config.json", "metrics.jsonl", "samples.jsonl", "latest"
 HALF = "half overwritten"
 LEFTOVER = re.compile(r"\..+\.\d+(@.+)?\.(tmp|old)")  # what a killed process leaves of an atomic write
 
@@ -74,17 +73,11 @@ class RunFolder:
             # a model's folder has a config.json too, and --overwrite must not take it for a run
             if not (isinstance(before, dict) and "program" in before) and any(p.name != LOCK for p in self.path.iterdir()):
                 raise CheckpointError(f"{self.path} holds files but no run, allowed is a new folder or a run's")
-            lock = open(self.path / LOCK, "w")  # noqa: SIM115  held, hence locked, as long as the process lives
         except CheckpointError:
             raise
         except OSError as error:
             raise CheckpointError(f"{self.path} can't be written ({error.strerror})") from error
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.close()
-            raise CheckpointError(f"{self.path} is in use by another process, allowed is one at a time") from None
-        self._lock = lock
+        self._lock = lock(self.path)
         for leftover in (p for p in (*self.path.glob(".*"), *self.path.glob("*/.*")) if LEFTOVER.fullmatch(p.name)):
             if leftover.parent.exists():  # else it went with its folder, half written too
                 _remove(leftover)
@@ -98,11 +91,7 @@ class RunFolder:
                 if entry.name not in (LOCK, CONFIG):
                     _remove(entry)
         elif before:
-            for key in sorted({*before, *config} - {"processes"}):
-                if before.get(key) != config.get(key):
-                    raise CheckpointError(
-                        f"{self.path} was made with {key} = {before.get(key)!r}, now it is {config.get(key)!r}: allowed is the "
-                        "same configuration (it resumes), another --output-dir, or --overwrite")
+            check_same(self.path, before, config, ("processes",))
             return before.get("processes", 1)
         write_atomically(old, json.dumps(config, indent=2) + "\n")
         return config["processes"]

@@ -36,6 +36,7 @@ LOCAL = ("localhost", "127.0.0.1", "::1")
 AGAIN = (408, 409, 429)  # and all from 500 on: the same request may succeed later
 HOPELESS = (401, 403, 404)  # no request of this run can succeed: a wrong key, model or address
 RETRY_AFTER_LIMIT = 120.0  # seconds that a server may make us wait
+TELL = 10.0  # seconds of waiting that are told
 PROBE, PROBES, PROBE_TOKENS = "Write one random word.", 4, 8
 
 
@@ -118,7 +119,8 @@ class OpenAIBackend(Backend):
         except library.APITimeoutError:
             raise TryAgain(f"no reply within {self.timeout:g} s") from None
         except library.APIConnectionError as broken:
-            raise TryAgain(f"the connection failed ({self._safe(broken.__cause__ or broken)})") from None
+            cause = broken.__cause__ or broken
+            raise TryAgain(f"the connection failed ({self._safe(cause) or type(cause).__name__})") from None
         except library.APIStatusError as refused:
             error = f"HTTP {refused.status_code}: {self._safe(refused.response.text or refused.message)}"
             if refused.status_code in AGAIN or refused.status_code >= 500:
@@ -135,28 +137,30 @@ class OpenAIBackend(Backend):
     async def _ask(self, client: Any, prompt: Text, params: SamplingParams, seed: int | None, n: int) -> list[Completion]:
         """The texts of one request, after as many tries as it takes and is allowed. Raises `GiveUp`."""
         kind, body = self.request(prompt, params, seed, n)
-        began, wait, why = time.monotonic(), self.backoff, ""
+        began, wait, why = time.monotonic(), self.backoff, "none, the server asked all to wait"
         self.usage["requests"] += 1
-        for attempt in range(1, self.tries + 1):
-            while (pause := self._pause - time.monotonic()) > 0:  # a rate limit holds for all
-                await asyncio.sleep(min(pause * random.uniform(1.0, 1.2), self.deadline))
-            left = self.deadline - (time.monotonic() - began)
-            if left <= 0:
-                break
+        tried = 0
+        while tried < self.tries and (left := self.deadline - (time.monotonic() - began)) > 0:
+            if (pause := self._pause - time.monotonic()) > 0:  # a rate limit holds for all
+                await asyncio.sleep(min(pause * random.uniform(1.0, 1.2), left))
+                continue
+            tried += 1
             try:
                 async with asyncio.timeout(min(left, self.timeout)):
                     reply = await self._send(client, kind, body)
                 return self._read(reply, kind, params, n, time.monotonic() - began)
             except TimeoutError:
-                why, after = f"no reply within {min(left, self.timeout):g} s", None
+                why, after = f"no reply within {min(left, self.timeout):.3g} s", None
             except TryAgain as error:
                 why, after = str(error), error.after
             if after is not None:
                 self._pause = max(self._pause, time.monotonic() + min(after, RETRY_AFTER_LIMIT))
-            elif attempt < self.tries:
+                if after >= TELL:
+                    self._warn("Retry-After", f"is {after:g} s: no request for {min(after, RETRY_AFTER_LIMIT):g} s")
+            elif tried < self.tries:
                 await asyncio.sleep(min(wait * random.uniform(0.5, 1.0), max(0.0, self.deadline - (time.monotonic() - began))))
                 wait = min(2 * wait, self.max_backoff)
-        raise GiveUp(f"given up after {attempt} tries and {time.monotonic() - began:.1f} s; the last: {why}")
+        raise GiveUp(f"given up after {tried} tries and {time.monotonic() - began:.1f} s; the last: {why}")
 
     def _read(self, reply: dict[str, Any], kind: str, params: SamplingParams, n: int, seconds: float) -> list[Completion]:
         choices = reply.get("choices")

@@ -3,9 +3,9 @@
 import inspect
 from collections.abc import Callable, Mapping
 from types import UnionType
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
-from xalign.backends.base import Backend
+from xalign.backends.base import Backend, SamplingParams
 from xalign.errors import ConfigError, nearest
 from xalign.formats import FORMATS
 
@@ -44,6 +44,25 @@ def open(spec: Spec) -> Backend:  # as `backends.open`
     `format` names one of `formats.FORMATS`: what turns messages into text in the place of the model's own chat template.
     `unsupported`: "error" or "warn", see `Backend`. Other keys go to the backend. Raises `ConfigError` for unknown ones.
     """
+    make, options, format, unsupported = _checked(spec)
+    backend = make(**options)
+    backend.unsupported, backend.template = unsupported, FORMATS[format].template
+    return backend
+
+
+def check(spec: Spec, params: SamplingParams) -> None:
+    """Raise `ConfigError` for what can be known to be wrong before a model is loaded: options, and params not honoured."""
+    make, options, _, unsupported = _checked(spec)
+    if (kind := as_spec(spec)["backend"]) == "native":  # honours all
+        return
+    backend: Any = make(**options) if kind == "openai" else object.__new__(cast(type, make))  # neither loads anything
+    backend.name = options.get("name") or options["model"]
+    if unsupported == "error":
+        backend.checked(params)
+
+
+def _checked(spec: Spec) -> tuple[Callable[..., Backend], dict[str, Any], str, str]:
+    """What makes a backend, its options, format, and what happens with a parameter that it doesn't honour."""
     options = as_spec(spec)
     kind, format, unsupported = (
         options.pop(k, d) for k, d in (("backend", "native"), ("format", "chat"), ("unsupported", "error"))
@@ -55,9 +74,7 @@ def open(spec: Spec) -> Backend:  # as `backends.open`
             raise ConfigError(f"backend {kind} has no option {name!r}{nearest(name, known)}; allowed are {', '.join(known)}")
     for name, value in options.items():
         _check(name, value, known[name].annotation)
-    backend = make(**options)
-    backend.unsupported, backend.template = unsupported, FORMATS[format].template
-    return backend
+    return make, options, format, unsupported
 
 
 def _check(name: str, value: Any, hint: Any) -> None:
