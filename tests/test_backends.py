@@ -18,6 +18,7 @@ from xalign.data.chat_template import write
 from xalign.data.records import Message
 from xalign.errors import ConfigError, DataError
 from xalign.formats import FORMATS, tidy
+from xalign.stopping import UNFINISHED
 from xalign.tokenizers import ByteTokenizer
 
 PROMPTS = ["", "a", "The fox", "Once upon a time", "naïve 😀", "x" * 40, "a\n\n\nb", " leading"]
@@ -274,11 +275,11 @@ def vllm(monkeypatch, folder):
             one = types.SimpleNamespace(text="boss STOP", token_ids=[1, 2], finish_reason="length", cumulative_logprob=-1.5)
             return [types.SimpleNamespace(outputs=[one] * p.n) for p in params]
 
-        def collective_rpc(self, name, args=()):
-            made.rpc.append((name, args))
+        def collective_rpc(self, name, kwargs):
+            made.rpc.append((name, kwargs))
 
         def reset_prefix_cache(self):
-            made.rpc.append(("reset_prefix_cache", ()))
+            made.rpc.append(("reset_prefix_cache", {}))
 
     module = types.ModuleType("vllm")
     module.LLM, module.SamplingParams = LLM, Params
@@ -320,8 +321,7 @@ def test_what_vllm_is_given(vllm, folder):
     with pytest.raises(ConfigError, match="beams is 2, which this backend doesn't honour"):
         backend.generate(["a"], SamplingParams(beams=2))
     backend.refresh("elsewhere")
-    assert vllm.rpc == [("update_config", ({"model_config": {"model": "elsewhere"}},)), ("reload_weights", ()),
-                        ("reset_prefix_cache", ())]
+    assert vllm.rpc == [("reload_weights", {"weights_path": "elsewhere"}), ("reset_prefix_cache", {})]
     assert "".join(backend.stream("a", SamplingParams(stop=("STOP",)))) == "boss "
 
 
@@ -334,7 +334,10 @@ def test_a_missing_engine_is_named(monkeypatch, folder):
 
 @pytest.mark.slow
 def test_vllm_itself(tmp_path, monkeypatch):
-    """Greedy texts of a real vLLM where one is installed (its kernels want heads of 32 or more: a model of its own)."""
+    """Greedy texts of a real vLLM where one is installed (its kernels want heads of 32 or more: a model of its own).
+
+    Known to differ: of a text whose EOS comes in the middle of a character vLLM drops these bytes, and others show them as U+FFFD.
+    """
     pytest.importorskip("vllm")
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     first, second = (make_folder(tmp_path / str(seed), seed=seed, dim=64, attn_dim_head=32, heads=2) for seed in (3, 4))
@@ -343,7 +346,8 @@ def test_vllm_itself(tmp_path, monkeypatch):
     for folder in (first, second):
         native = backends.open(f"native:{folder}")
         for given in (params, stopped):
-            assert texts(backend.generate(PROMPTS[1:], given)) == texts(native.generate(PROMPTS[1:], given))
+            theirs, ours = (texts(b.generate(PROMPTS[1:], given)) for b in (backend, native))
+            assert theirs == [[text.rstrip(UNFINISHED) for text in row] for row in ours]
         backend.refresh(second)
 
 

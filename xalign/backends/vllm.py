@@ -42,8 +42,7 @@ class VLLMBackend(Backend):
 
     def refresh(self, checkpoint: str) -> None:
         """The weights of another folder of the same shape, in place; cached prefixes of the old ones go."""
-        self.llm.collective_rpc("update_config", args=({"model_config": {"model": checkpoint}},))
-        self.llm.collective_rpc("reload_weights")
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_path": checkpoint})
         self.llm.reset_prefix_cache()
         self.path = checkpoint
 
