@@ -19,16 +19,10 @@ from xalign.data.records import Message, PreferencePair
 from xalign.data.sources import read_pairs
 from xalign.errors import ConfigError
 from xalign.evaluation import metrics
-from xalign.evaluation.compare import Comparison, compare, quick
-from xalign.evaluation.metrics import (
-    accuracies,
-    completion_logps,
-    estimate,
-    label_accuracies,
-    label_noise_share,
-    perplexity,
-    wins,
-)
+from xalign.evaluation.compare import compare, quick
+from xalign.evaluation.figures import Comparison
+from xalign.evaluation.intervals import Estimate, estimate, wins
+from xalign.evaluation.metrics import accuracies, completion_logps, label_accuracies, label_noise_share, perplexity
 from xalign.evaluation.report import prose, write_report
 from xalign.objectives import Preference
 from xalign.tokenizers import ByteTokenizer
@@ -63,7 +57,7 @@ def uniform(vocab=300, **options):
 
 
 def test_estimate_by_hand():
-    assert estimate([2.0, 2.0, 2.0]) == metrics.Estimate(2.0, 2.0, 2.0)
+    assert estimate([2.0, 2.0, 2.0]) == Estimate(2.0, 2.0, 2.0)
     assert estimate([6.0, 1.0], [3, 1]).value == 7 / 4
     assert estimate([6.0, 1.0], [3, 1], np.exp).value == pytest.approx(math.exp(7 / 4))
     two = estimate([0.0, 1.0])  # resampled means are 0, 1/2, 1 with probability 1/4, 1/2, 1/4

@@ -53,11 +53,16 @@ class Judge:
 
         The order in which they are shown is drawn by the seed and a row's key.
         """
-        orders, asked = [], []
-        for prompt, given, key in zip(prompts, replies, keys, strict=True):
-            order = list(range(len(given)))
+        orders = [list(range(len(given))) for given in replies]
+        for order, key in zip(orders, keys, strict=True):
             random.Random(f"{self.seed}:{key}").shuffle(order)
-            orders.append(order)
+        return self.choose_in_order(prompts, replies, orders, progress=progress)
+
+    def choose_in_order(self, prompts: Sequence[Text], replies: Sequence[Sequence[str]], orders: Sequence[Sequence[int]], *,
+                        progress: str = "") -> list[tuple[int | None, str]]:
+        """The same, with reply `order[i]` shown in place i."""
+        asked = []
+        for prompt, given, order in zip(prompts, replies, orders, strict=True):
             verdicts = ", ".join(f"[[{letter}]]" for letter in LETTERS[: len(order)])
             shown = [_part(f"Reply {letter}", given[i]) for letter, i in zip(LETTERS, order, strict=False)]
             asked.append((Message("system", CHOOSE.format(count=len(order), verdicts=verdicts)),
