@@ -1,6 +1,5 @@
 """What `xalign evaluate` compares: the pairs with their sources, and the two models."""
 
-import dataclasses
 import hashlib
 import itertools
 import re
@@ -53,10 +52,9 @@ def _as_chat(pair: PreferencePair, config: EvaluateConfig) -> PreferencePair:
     """With --chat a text prompt is a user's turn, and its completions are the assistant's."""
     if not config.data.chat:
         return pair
-    prompt = as_prompt(pair.prompt, config.data, pair.where)
-    sides = {name: (Message("assistant", text),) if isinstance(text := getattr(pair, name), str) else text
-             for name in ("chosen", "rejected")}
-    return dataclasses.replace(pair, prompt=prompt, **sides)
+    sides = (pair.chosen, pair.rejected)
+    chosen, rejected = ((Message("assistant", text),) if isinstance(text, str) else text for text in sides)
+    return PreferencePair(as_prompt(pair.prompt, config.data, pair.where), chosen, rejected, pair.margin, pair.where)
 
 
 def weights_digest(spec: str) -> str:
@@ -85,6 +83,12 @@ class Side:
         if told["backend"] == "transformers":
             told |= {"device": options.device, "dtype": options.dtype, "batch_size": options.batch_size}
         self.backend = open_backend(told)
+
+    @property
+    def own(self) -> tuple[TransformerWrapper, Tokenizer]:
+        """Model and tokenizer of a native one."""
+        assert self.model is not None and self.tokenizer is not None
+        return self.model, self.tokenizer
 
 
 def same_ids(one: Tokenizer, other: Tokenizer, prompts: Sequence[Text]) -> bool:

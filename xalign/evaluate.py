@@ -30,10 +30,12 @@ from xalign.evaluation.intervals import WinRate, all_wins, differences, win_rate
 from xalign.evaluation.pictures import draw_evaluation
 from xalign.evaluation.report import write
 from xalign.journal import Journal
+from xalign.nn.transformer import TransformerWrapper
 from xalign.prepare import data_digest, encode_pairs, in_memory, say, watched_text
 from xalign.rewardbench import name_of
 from xalign.runs import RunFolder, read_json
 from xalign.stages import choose_device, is_toy
+from xalign.tokenizers import Tokenizer
 from xalign.watch import warn
 
 EVALUATION, REPORT, SAMPLES = "evaluation.json", "report.md", "samples.jsonl"
@@ -113,7 +115,9 @@ class Evaluation:
             raise ConfigError(f"no prompt leaves room for --eval-max-new-tokens {options.eval_max_new_tokens} in the models' "
                               "window, allowed are fewer")
         policy, reference = sides["policy"], sides["reference"]
-        self.scored = bool(policy.tokenizer and reference.tokenizer and same_ids(policy.tokenizer, reference.tokenizer, kept))
+        self.window = min((s.model.max_seq_len for s in sides.values() if s.model is not None), default=0)
+        self.scored = (policy.tokenizer is not None and reference.tokenizer is not None
+                       and same_ids(policy.tokenizer, reference.tokenizer, kept))
         if not self.scored:
             self.notes.append("KL, log-ratios and perplexities are left out: they need two models of xalign's own engine with "
                               "the same tokenizer.")
@@ -140,14 +144,13 @@ class Evaluation:
         """Perplexity of held-out responses, log-ratios and the alignment inequality."""
         if not self.pairs:
             return
-        options, policy = self.config.data, self.sides["policy"]
-        assert policy.model is not None and policy.tokenizer is not None
-        longest = min(options.max_length or 2**31, *(s.model.max_seq_len for s in self.sides.values() if s.model is not None))
-        encoded: list[EncodedPair] = in_memory(encode_pairs, self.pairs, policy.tokenizer, longest, options.truncation_mode,
-                                               "held out pairs")
+        options = self.config.data
+        encoded: list[EncodedPair] = in_memory(
+            encode_pairs, self.pairs, self.sides["policy"].own[1], min(options.max_length or self.window, self.window),
+            options.truncation_mode, "held out pairs")
         self.result.numbers["pairs"] = len(encoded)
-        logps = self._logps("pairs.jsonl", len(encoded), lambda side, rows: metrics.sides_logps(
-            side.model, [encoded[i] for i in rows], side.tokenizer.pad_id))  # type: ignore[arg-type, union-attr]
+        logps = self._logps("pairs.jsonl", len(encoded), lambda model, tokenizer, rows: metrics.sides_logps(
+            model, [encoded[i] for i in rows], tokenizer.pad_id)[0])
         by_where = {pair.where: pair for pair in self.pairs}
         kept = [by_where[row.where] for row in encoded]
         tokens = np.array([[len(row.chosen), len(row.rejected)] for row in encoded]).T
@@ -162,40 +165,37 @@ class Evaluation:
 
     def text_figures(self) -> None:
         """Perplexity of --eval-text, and the alarm."""
-        file, policy = self.config.evaluation.eval_text, self.sides["policy"]
+        file = self.config.evaluation.eval_text
         if file is None:
             return
-        assert policy.model is not None and policy.tokenizer is not None
-        longest = min(s.model.max_seq_len for s in self.sides.values() if s.model is not None)
-        examples = watched_text(file, policy.tokenizer, longest)
+        examples = watched_text(file, self.sides["policy"].own[1], self.window)
         part = f"text-{data_digest([file])}.jsonl"
-        logps = self._logps(part, len(examples), lambda side, rows: np.array([metrics.example_logps(
-            side.model, [examples[i] for i in rows], side.tokenizer.pad_id)[0]]))  # type: ignore[arg-type, union-attr]
-        tokens = [float(sum(e.loss_mask)) for e in examples]
-        for name in NAMES:
-            figures.add_perplexity(self.result, Path(file).name, name, "text_perplexity", -logps[name][0], tokens)
-        ratio = self.result.numbers["text_perplexity_policy"] / self.result.numbers["text_perplexity_reference"]
-        self.result.numbers["text_perplexity_ratio"] = ratio
-        if told := figures.alarm(ratio, self.config.evaluation.perplexity_alert, Path(file).name):
-            warn(told)
-            self.result.alerts.append(told)
+        logps = self._logps(part, len(examples), lambda model, tokenizer, rows: np.array(
+            [metrics.example_logps(model, [examples[i] for i in rows], tokenizer.pad_id)[0]]))
+        tokens = [float(sum(e.loss_mask[1:])) for e in examples]
+        warn(figures.add_text(self.result, Path(file).name, {name: logps[name][0].tolist() for name in NAMES}, tokens,
+                              self.config.evaluation.perplexity_alert))
 
     def divergence(self) -> None:
         """KL and entropies of the samples at temperature 1."""
         prompts, drawn = self.result.prompts, self.texts["policy", 1.0]
-        logps = self._logps("kl.jsonl", len(prompts), lambda side, rows: np.array(metrics.completion_logps(
-            side.model, side.tokenizer, [prompts[i] for i in rows], [drawn[i] for i in rows])).T)  # type: ignore[arg-type]
+        logps = self._logps("kl.jsonl", len(prompts), lambda model, tokenizer, rows: np.array(
+            metrics.completion_logps(model, tokenizer, [prompts[i] for i in rows], [drawn[i] for i in rows])).T)
         own = [[c.logps or 0.0 for c in row] for row in self.texts["reference", 1.0]]
         figures.add_divergence(self.result, logps["policy"].T.tolist(), logps["reference"].T.tolist(), own)
 
-    def _logps(self, file: str, rows: int, score: Callable[[Side, list[int]], np.ndarray]) -> dict[str, np.ndarray]:
+    def _logps(self, file: str, rows: int,
+               score: Callable[[TransformerWrapper, Tokenizer, list[int]], np.ndarray]) -> dict[str, np.ndarray]:
         """(values, rows) of each model, by parts that are kept in `file`; `score` gives (values, rows) of some rows."""
+        found = {}
         with Journal(self.folder / file, rows, len(NAMES)) as kept:
             for slot, name in enumerate(NAMES):
-                kept.fill(slot, lambda part, name=name: [  # type: ignore[misc]
-                    {"model": name, "logps": row.tolist()} for row in score(self.sides[name], part).T], f"score by the {name}")
-            return {name: np.array([kept.record(row, slot)["logps"] for row in range(rows)]).T
-                    for slot, name in enumerate(NAMES)}
+                def work(part: list[int], name: str = name) -> list[dict[str, Any]]:
+                    return [{"model": name, "logps": row.tolist()} for row in score(*self.sides[name].own, part).T]
+
+                kept.fill(slot, work, f"score by the {name}")
+                found[name] = np.array([kept.record(row, slot)["logps"] for row in range(rows)]).T
+        return found
 
     # -- samples
 

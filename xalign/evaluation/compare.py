@@ -54,8 +54,8 @@ def compare(dpo: DPO, reference: TransformerWrapper, untrained: TransformerWrapp
         completions[name] = metrics.sample(model, tokenizer, result.prompts, n, max_new_tokens, seed + (name == "policy"),
                                            f"sample {name}")
         add_texts(result, name, completions[name])
-    add_divergence(result, *(metrics.completion_logps(m, tokenizer, result.prompts, completions["policy"])
-                             for m in (policy, reference)), [[c.logps or 0.0 for c in row] for row in completions["reference"]])
+    ours, theirs = (metrics.completion_logps(m, tokenizer, result.prompts, completions["policy"]) for m in (policy, reference))
+    add_divergence(result, ours, theirs, [[c.logps or 0.0 for c in row] for row in completions["reference"]])
     if gold_known:
         scores = {name: [[toyworld.gold_reward(str(p), text) for text in row]
                          for p, row in zip(result.prompts, rows, strict=True)] for name, rows in result.texts.items()}

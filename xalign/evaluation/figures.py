@@ -109,6 +109,24 @@ def add_perplexity(result: Comparison, what: str, name: str, key: str, nats: Seq
     result.add(f"nats a token of {what}", name, estimate(nats, tokens), f"{key}_nats_{name}")
 
 
+def add_text(result: Comparison, what: str, logps: Mapping[str, Sequence[float]], tokens: Sequence[float], limit: float) -> str:
+    """Perplexity of a watched text under both models, from the summed log-probabilities of its documents; gives the alarm."""
+    for name, values in logps.items():
+        add_perplexity(result, what, name, "text_perplexity", [-v for v in values], tokens)
+    ratio = result.numbers["text_perplexity_policy"] / result.numbers["text_perplexity_reference"]
+    result.numbers["text_perplexity_ratio"] = ratio
+    told = alarm(ratio, limit, what)
+    result.alerts += [told] if told else []
+    return told
+
+
+def alarm(ratio: float, limit: float, what: str) -> str:
+    """A warning, or "", about the policy's perplexity of a text as a multiple of the reference's."""
+    return "" if not ratio > limit else (
+        f"the policy's perplexity of {what} is {ratio:.2f} times the reference's (--perplexity-alert is {limit:g}): it forgets "
+        "how to write; try a larger --beta, a lower --learning-rate, or mix in imitation (--loss-type sigmoid,sft)")
+
+
 def add_divergence(result: Comparison, policy: Rows, reference: Rows, reference_own: Rows | None = None) -> None:
     """KL(policy || reference) by the policy's samples, and entropies, from summed log-probabilities, nats, of each sample.
 
@@ -182,13 +200,6 @@ def _slices(tokens: np.ndarray, sources: Sequence[str]) -> dict[str, np.ndarray]
     if len(names) > 1:
         found |= {f"source is {name}": np.array([s == name for s in sources]) for name in names}
     return {name: np.flatnonzero(mask) for name, mask in found.items() if mask.any()}
-
-
-def alarm(ratio: float, limit: float, what: str) -> str:
-    """A warning, or "", about the policy's perplexity of a text as a multiple of the reference's."""
-    return "" if not ratio > limit else (
-        f"the policy's perplexity of {what} is {ratio:.2f} times the reference's (--perplexity-alert is {limit:g}): it forgets "
-        "how to write; try a larger --beta, a lower --learning-rate, or mix in imitation (--loss-type sigmoid,sft)")
 
 
 # -- who wins -------------------------------------------------------------------------------------------------------

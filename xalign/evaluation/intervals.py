@@ -5,7 +5,7 @@ too narrow.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -52,11 +52,11 @@ def mean_of(rows: Rows) -> Estimate:
     return estimate([float(np.sum(row)) for row in rows], [len(row) for row in rows])
 
 
-def by_prompt(prompts: Sequence[object], values: Sequence[float]) -> tuple[list[float], list[float]]:
+def by_prompt(prompts: Sequence[object], values: Iterable[float]) -> tuple[list[float], list[float]]:
     """Sums and counts of values by prompt, for `estimate`."""
     sums: dict[object, list[float]] = {}
     for prompt, value in zip(prompts, values, strict=True):
-        sums.setdefault(prompt, []).append(value)
+        sums.setdefault(prompt, []).append(float(value))
     return [sum(v) for v in sums.values()], [float(len(v)) for v in sums.values()]
 
 
