@@ -13,10 +13,11 @@ import pytest
 import torch
 from browser import CHROME, Browser
 from conftest import LLAMA, tiny
+from server import Server
 from test_evaluation import FewBytes, uniform
 from test_rewardbench import Writer, letter_of
 
-from xalign import save_pretrained
+from xalign import RewardModel, load_pretrained, save_pretrained
 from xalign.backends.base import Completion, SamplingParams
 from xalign.backends.native import NativeBackend
 from xalign.cli import main
@@ -24,10 +25,10 @@ from xalign.config import EvaluationOptions
 from xalign.data import toyworld
 from xalign.data.chat_template import render_prompt
 from xalign.data.records import Message
-from xalign.errors import DataError
+from xalign.errors import ConfigError, DataError
 from xalign.evaluation import figures, metrics
 from xalign.evaluation.figures import Comparison
-from xalign.evaluation.intervals import all_wins, differences, length_controlled, monte_carlo_error, win_rate
+from xalign.evaluation.intervals import all_wins, differences, length_controlled, monte_carlo_error, wilson, win_rate
 from xalign.evaluation.judge import Judge
 from xalign.stages import LanguageWatch
 from xalign.verdicts import HumanJudge, LanguageJudge, PairwiseJudge, matched
@@ -114,9 +115,9 @@ def test_length_control_takes_a_length_bias_out():
     assert found.value == pytest.approx(1 / (1 + math.exp(-minimize(loss, np.zeros(2)).x[0])), abs=1e-5)
     truth = 1 / (1 + math.exp(0.3))
     assert won.mean() > 0.5 > truth and found.low < truth < found.high
-    for sure in (1.0, 0.0):  # separable: finite, and at the end
+    for sure in (1.0, 0.0):
         end = length_controlled([[sure]] * 50, told[:50])
-        assert abs(end.value - sure) < 0.02 and math.isfinite(end.low + end.high)
+        assert end.value == sure and (end.low, end.high) == wilson(50 * sure, 50)
     apart = length_controlled([[float(v > 0)] for v in lengths], told)
     assert 0.3 < apart.value < 0.7, "length alone tells who wins"
     assert length_controlled([[1.0], [0.0], [0.0], [1.0]], [[5.0]] * 4).value == pytest.approx(0.5)
@@ -219,41 +220,29 @@ def test_a_language_model_is_asked_in_both_orders():
         assert [row["wins"] for row in rows] == [[0.5, 0.5], [0.5]]
 
 
-def test_a_pairwise_judge_weighs_the_letters_in_both_orders(chat_tokenizer):
+def test_a_pairwise_judge_weighs_the_letters_in_both_orders(chat_tokenizer, monkeypatch):
     model = tiny(num_tokens=chat_tokenizer.vocab_size, max_seq_len=128, **LLAMA)
-    with pytest.raises(Exception, match="A or B with one token"):
-        PairwiseJudge(model, chat_tokenizer)
-    chat_tokenizer = LetterTokenizer(chat_tokenizer)
+    [a], [b] = map(chat_tokenizer.encode, "AB")
     judge = PairwiseJudge(model, chat_tokenizer)
     prompt = (Message("user", "Who?"), Message("assistant", "Mia."), Message("user", "Why?"))
     [there], [back] = (judge.probabilities([prompt], *pair) for pair in ((["kite"], ["the owl"]), (["the owl"], ["kite"])))
     assert there == pytest.approx(1 - back, abs=1e-6)
     expected = []
-    for a, b in (("kite", "the owl"), ("the owl", "kite")):
+    for first, second in (("kite", "the owl"), ("the owl", "kite")):
         context = "\n\n\n<turn> user\n Who?\n\n<turn> assistant\n Mia.\n\n<turn> user\n Why?\n\n\n"
-        text = f"[CONTEXT] {context} [RESPONSE A] {a} [RESPONSE B] {b} \n"
+        text = f"[CONTEXT] {context} [RESPONSE A] {first} [RESPONSE B] {second} \n"
         ids = render_prompt(chat_tokenizer, (Message("user", text),)).ids
         assert ids.count(chat_tokenizer.bos_id) == 1 == ids.index(chat_tokenizer.bos_id) + 1
         with torch.no_grad():
-            expected.append(float(model(torch.tensor([ids[1:]]))[0, -1, [7, 9]].softmax(-1)[0]))
+            expected.append(float(model(torch.tensor([ids[1:]]))[0, -1, [a, b]].softmax(-1)[0]))
     assert there == pytest.approx((expected[0] + 1 - expected[1]) / 2, abs=1e-5)
     rows = judge.wins([prompt, "x"], [["kite", "a"], ["b"]], [["the owl", "a"], ["c"]], [0, 1])
     assert rows[0]["wins"] == [float(there > 0.5), 0.5] and len(rows[1]["probabilities"]) == 1
     with pytest.raises(DataError, match="allowed for this pairwise judge is up to 127"):
         judge.wins(["x" * 500], [["a"]], [["b"]], [0])
-
-
-class LetterTokenizer:
-    """A tokenizer that has A and B as single tokens."""
-
-    def __init__(self, inner):
-        self.inner = inner
-
-    def __getattr__(self, name):
-        return getattr(self.inner, name)
-
-    def encode(self, text, **options):
-        return [7] if text == "A" else [9] if text == "B" else self.inner.encode(text, **options)
+    monkeypatch.setattr(chat_tokenizer, "encode", lambda text: [1, 2])
+    with pytest.raises(ConfigError, match="A or B with one token"):
+        PairwiseJudge(model, chat_tokenizer)
 
 
 def test_a_persons_choices(tmp_path, capsys):
@@ -398,6 +387,22 @@ def test_against_chosen_replies_and_a_uniform_model(world, tmp_path, capsys, cha
     assert "warning: the policy's perplexity of text.txt is" in told.err and "**Warning**" in (out / "report.md").read_text()
 
 
+def test_models_as_judges_of_chats(world, tmp_path, monkeypatch):
+    """A reward model, a pairwise one, and a language model on a server; prompts are a user's turns."""
+    net, tokenizer = load_pretrained(world / "policy")
+    RewardModel(net, tokenizer).save_pretrained(tmp_path / "reward", tokenizer)
+    judges, out = [f"reward:{tmp_path / 'reward'}", f"pairwise:{world / 'policy'}", "llm:openai:judge"], tmp_path
+    with Server(reply=lambda body: "so [[A]]") as server:
+        monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+        main(arguments(world, out / "run", "--chat", "--judge", *judges))
+    told = json.loads((out / "run/evaluation.json").read_text())
+    assert told["win_rates"].keys() == set(judges) and told["win_rate"] == told["win_rates"][judges[0]]["win_rate"]
+    assert [told["win_rates"][judge]["comparisons"] for judge in judges] == [24, 12, 12]
+    assert told["win_rates"]["llm:openai:judge"]["win_rate"] == 0.5
+    assert told["judges"]["llm:openai:judge"] == {"orders_agree": 0.0, "no_verdict": 0.0}
+    assert "they agree in 0.0% of 12 comparisons" in (out / "run/report.md").read_text()
+
+
 class Reader(HTMLParser):
     """Notes what a page asks for, and whether its elements are closed in their order."""
 
@@ -429,7 +434,7 @@ def test_the_page_holds_all_that_it_needs(finished):
 def test_what_a_model_writes_is_no_html(tmp_path):
     from xalign.evaluation.report import write
 
-    bad = "<script>alert(1)</script><img src=http://a.b/c> \ud800 &lt; </article>"
+    bad = "<script>alert(1)</script><img src=http://a.b/c> &lt; </article>"
     result = Comparison(prompts=[bad, (Message("user", bad),)])
     for name in ("reference", "policy"):
         figures.add_texts(result, name, [[Completion(bad, (1, 2), "stop")], [Completion("", (1,), "length")]])

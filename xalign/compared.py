@@ -37,9 +37,11 @@ def read(config: EvaluateConfig, files: Sequence[str]) -> tuple[list[PreferenceP
     for file in files:
         left = None if options.limit is None else options.limit - len(pairs)
         own = list(itertools.islice(iter_pairs(file, empty=options.empty, columns=columns[file]), left))
-        named = {pair.where: pair for pair in own}
-        for where, record in raw_records(file, (options.source_column, "prompt", "chosen")):
-            if where in named:
+        named = {pair.where: pair for pair in own}  # whose source is still to be found
+        records = raw_records(file, (options.source_column, "prompt", "chosen")) if named else iter(())
+        while named:
+            where, record = next(records)
+            if named.pop(where, None) is not None:
                 told = record.get(options.source_column)
                 sources[where] = told if isinstance(told, str) and told else Path(file).name
         pairs += [_as_chat(pair, config) for pair in own]

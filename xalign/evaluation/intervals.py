@@ -12,7 +12,7 @@ import numpy as np
 
 RESAMPLES = 2000
 Z95 = 1.959963984540054  # the normal distribution's 97.5 % quantile
-RIDGE = 0.01  # keeps the length-controlled fit finite where every comparison was won, or length alone tells who won
+RIDGE = 0.01  # keeps the length-controlled fit finite where length alone tells who won
 DRAWN = 2**22  # resampled values that are in memory at a time
 Rows = Sequence[Sequence[float]]  # a value for each sample, or comparison, of each prompt
 
@@ -143,12 +143,14 @@ def length_controlled(rows: Rows, lengths: Rows) -> Estimate:
     """What the win rate would be if all replies had the length of what they are compared with.
 
     A logistic regression, P(win) = s(a + b tanh(d / sd(d))), of each comparison on the difference d of lengths, evaluated at
-    d = 0, hence s(a): AlpacaEval 2's (Dubois et al. 2024, arXiv 2404.04475, eq. 2) without its term for the difficulty of an
+    d = 0, hence s(a): AlpacaEval 2's (Dubois et al. 2024, arXiv 2404.04475) without its term for the difficulty of an
     instruction, which is known from many models' answers only. Prompts count alike. The interval is a cluster-robust Wald
-    interval of a (prompts are the clusters).
+    interval of a (prompts are the clusters). Where one side won all, no length explains anything: it is Wilson's.
     """
     owner = np.repeat(np.arange(len(rows)), [len(row) for row in rows])
     y, d = (np.concatenate([np.asarray(row, dtype=np.float64) for row in told]) for told in (rows, lengths))
+    if y.min() == y.max() and y[0] in (0, 1):
+        return Estimate(float(y[0]), *wilson(float(y[0]) * len(rows), len(rows)))
     weight = 1 / np.bincount(owner)[owner]
     spread = math.sqrt(float((weight * d * d).sum() / weight.sum() - ((weight * d).sum() / weight.sum()) ** 2))
     x = np.stack([np.ones_like(d), np.tanh(d / spread) if spread else np.zeros_like(d)], 1)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from xalign.backends.base import Completion, SamplingParams
 from xalign.data.records import Message, Text
+from xalign.errors import DataError
 from xalign.scoring import Prompt, checked
 
 LETTERS = string.ascii_uppercase
@@ -77,7 +78,11 @@ class Judge:
         return torch.tensor([rating(text) for text in self._texts(asked, progress)], dtype=torch.float32)
 
     def _texts(self, asked: Sequence[Text], progress: str) -> list[str]:
-        return [completions[0].text for completions in self.backend.generate(asked, self.params, progress)]
+        """What the judge writes; nothing where it fails. Raises `DataError` where it fails each time."""
+        answers = [completions[0] for completions in self.backend.generate(asked, self.params, progress)]
+        if answers and all(answer.error is not None for answer in answers):
+            raise DataError(f"the judge gave no answer to any of {len(answers)} requests ({answers[0].error})")
+        return [answer.text for answer in answers]
 
 
 def _conversation(prompt: Text) -> list[str]:

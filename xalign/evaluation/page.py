@@ -29,7 +29,11 @@ article { border: 1px solid var(--line); border-radius: .5rem; padding: .7rem 1r
 article[hidden] { display: none } .text { white-space: pre-wrap; margin: .2rem 0 }
 .two { display: grid; grid-template-columns: 1fr 1fr; gap: 0 1.5rem } .two > * { min-width: 0 }
 .won { color: var(--good) } .lost { color: var(--bad) } pre { overflow-x: auto; font-size: .85rem }
-@media (max-width: 640px) { .two { grid-template-columns: 1fr } td:first-child, th:first-child { min-width: 8.5rem } }
+@media (max-width: 640px) {
+  h1 { font-size: 1.2rem } .two { grid-template-columns: 1fr; gap: .8rem }
+  table { font-size: .8rem } th, td { padding: .25rem .3rem } td + td, th + th { white-space: normal; min-width: 4.2rem }
+  td:first-child { overflow-wrap: anywhere; min-width: 6rem }
+}
 """
 SCRIPT = """
 const all = [...document.querySelectorAll('article')], list = document.getElementById('samples');
@@ -72,8 +76,7 @@ def write_page(path: Path, title: str, result: Comparison, head: Sequence[str], 
     page = (f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{escape(title)}</title>\n'
             f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<link rel="icon" href="data:,">\n'
             f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n<style>{STYLE}</style>\n</head>\n<body>\n')
-    # half a character, which a model can write, is no UTF-8
-    write_atomically(path, (page + "\n".join(parts) + script + "\n</body>\n</html>\n").encode("utf-8", "replace"))
+    write_atomically(path, page + "\n".join(parts) + script + "\n</body>\n</html>\n")
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -103,7 +106,7 @@ def _samples(result: Comparison) -> list[str]:
         if result.scores.keys() >= {"policy", "reference"}:
             means = [sum(result.scores[m][i]) / max(1, len(result.scores[m][i])) for m in ("policy", "reference")]
             gain = means[0] - means[1]
-        told = f'<span class="{verdict}">policy wins {rate:.0%}</span>' if judged else ""
+        told = f'<span class="{verdict}">policy wins {rate:.0%} of the comparisons</span>' if judged else ""
         columns = []
         for name in names:
             texts = [_text(result, name, i, k) for k in range(len(result.texts[name][i]))]

@@ -37,7 +37,7 @@ def _wins(plt: Any, folder: Path, result: Comparison) -> list[tuple[str, str]]:
     axis.set(xlim=(0, 1), ylim=(len(result.wins) - 0.4, -0.6), xlabel="win rate of the policy")
     axis.set_yticks(range(len(result.wins)), [_plain(name) for name in result.wins])
     axis.grid(axis="x", alpha=0.3)
-    axis.legend(fontsize=8)
+    axis.legend(fontsize=8, loc="lower left" if sum(w.rate.value - 0.5 for w in result.wins.values()) > 0 else "lower right")
     return [save_figure(plt, folder, figure, "wins.png", "Win rate of the policy by judge, with 95 % intervals over prompts.")]
 
 
@@ -45,16 +45,16 @@ def _temperatures(plt: Any, folder: Path, result: Comparison) -> list[tuple[str,
     if not any(len(at) > 1 for at in result.temperatures.values()):
         return []
     figure, axis = plt.subplots(figsize=(6.5, 3.8))
-    for (judge, at), mark in zip(result.temperatures.items(), MARKS * len(result.temperatures), strict=False):
-        for name, colour in (("policy", "tab:orange"), ("reference", "tab:blue")):
+    for i, (judge, at) in enumerate(result.temperatures.items()):
+        for name, line in (("policy", "-"), ("reference", "--")):
             told = [(t, w[name].rate) for t, w in at.items() if name in w]
             if not told:
                 continue
             spread = [[max(0.0, e.value - e.low) for _, e in told], [max(0.0, e.high - e.value) for _, e in told]]
-            axis.errorbar([t for t, _ in told], [e.value for _, e in told], yerr=spread, marker=mark, color=colour, capsize=3,
-                          alpha=0.8, label=f"{name}, by {_plain(judge)}")
+            axis.errorbar([t for t, _ in told], [e.value for _, e in told], yerr=spread, fmt=f"{MARKS[i % len(MARKS)]}{line}",
+                          color=f"C{i}", capsize=3, alpha=0.8, label=f"{name}, by {_plain(judge)}")
     axis.axhline(0.5, color="0.5", ls=":")
-    axis.set(xlabel="temperature", ylabel="win rate", ylim=(0, 1))
+    axis.set(xlabel="temperature", ylabel="win rate", ylim=(0, 1.03))
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
     return [save_figure(plt, folder, figure, "temperature.png", "Win rate against the temperature of sampling.")]

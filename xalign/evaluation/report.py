@@ -157,8 +157,9 @@ def draw_samples(plt: Any, folder: Path, result: Comparison) -> list[tuple[str, 
     """Scores and lengths of the samples of both models."""
     pictures = []
     colours = {"reference": "tab:blue", "policy": "tab:orange"}
-    what = (result.scores, f"{result.score_name}.png", f"{result.score_name} reward"), (result.lengths, "lengths.png",
-                                                                                        "tokens a sample")
+    gold = result.score_name == "gold"
+    what = ((result.scores, "gold.png" if gold else "scores.png", "gold reward" if gold else f"score by {result.score_name}"),
+            (result.lengths, "lengths.png", "tokens a sample"))
     for values, name, title in what:
         shown = {m: flat for m in colours if (flat := [v for row in values.get(m, []) for v in row if math.isfinite(v)])}
         if not shown:
@@ -168,8 +169,8 @@ def draw_samples(plt: Any, folder: Path, result: Comparison) -> list[tuple[str, 
         for model, flat in shown.items():
             axis.hist(flat, bins=24, range=(low, high + 1e-9), alpha=0.55, label=model, color=colours[model], density=True)
             axis.axvline(sum(flat) / len(flat), color=colours[model], lw=1.5)
-        axis.set(title=title, ylabel="density")
+        axis.set(title=title.replace("$", r"\$"), ylabel="density")
         axis.legend()
-        caption = f"{title.capitalize()} of the samples before and after; lines are the means."
+        caption = f"{title[0].upper()}{title[1:]}: the samples before and after; lines are the means."
         pictures.append(save_figure(plt, folder, figure, name, caption))
     return pictures
