@@ -197,6 +197,18 @@ def test_the_language_watch_warns_once(tmp_path, capsys, chat_tokenizer):
     assert err.count("warning") == 1 and "dpo, step 2: the policy's perplexity of text.txt is" in err
 
 
+def test_a_text_is_watched_while_a_policy_is_trained(world, tmp_path):
+    main(["dpo", "--model", str(world / "policy"), "--dataset", str(world / "pairs.jsonl"),
+          "--output-dir", str(tmp_path / "run"), "--max-steps", "2", "--batch-size", "4", "--eval-steps", "1",
+          "--eval-prompts", "2", "--eval-samples", "1", "--eval-max-new-tokens", "4",
+          "--learning-rate", "1e-3", "--eval-text", str(world / "text.txt")])
+    log = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    ratios = [line["eval/text_perplexity_ratio"] for line in log if "eval/text_perplexity_ratio" in line]
+    numbers = json.loads((tmp_path / "run/evaluation.json").read_text())
+    assert len(ratios) == 2 and ratios[-1] == pytest.approx(numbers["text_perplexity_ratio"], rel=1e-4) != 1
+    assert "| perplexity of text.txt |" in (tmp_path / "run/report.md").read_text()
+
+
 # -- judges ---------------------------------------------------------------------------------------------------------
 
 
