@@ -58,7 +58,7 @@ def run_evaluate(config: EvaluateConfig) -> None:
     if config.data.prompts:
         prompts = [as_prompt(p, config.data, f"{config.data.prompts}: prompt {i}")
                    for i, p in enumerate(read_prompts(config.data.prompts), 1)]
-    judges = config.judges.judge or (("gold",) if is_toy(prompts) else ())
+    judges = tuple(dict.fromkeys(config.judges.judge)) or (("gold",) if is_toy(prompts) else ())
     for judge in judges:
         verdicts.check(judge, compared.allow_pickle)
     if "gold" in judges and not is_toy(prompts):
@@ -110,7 +110,8 @@ class Evaluation:
                 fit, long = fitting(kept, side.tokenizer, side.model.max_seq_len - options.eval_max_new_tokens, len(kept))
                 kept, too_long = fit, too_long + long
         self.result.prompts = kept[: options.eval_prompts]
-        self.result.numbers |= {"prompts": len(self.result.prompts), "prompts_too_long": too_long}
+        self.result.numbers |= {"prompts": len(self.result.prompts), "prompts_too_long": too_long,
+                                "samples": options.eval_samples}
         if not self.result.prompts:
             raise ConfigError(f"no prompt leaves room for --eval-max-new-tokens {options.eval_max_new_tokens} in the models' "
                               "window, allowed are fewer")
@@ -201,7 +202,7 @@ class Evaluation:
 
     def sample(self) -> None:
         """Samples of both models at each temperature; each prompt's are on disk as soon as they are there."""
-        options, prompts = self.config.evaluation, self.result.prompts
+        prompts = self.result.prompts
         slots = [(name, t) for t in self.temperatures for name in NAMES]
         with Journal(self.folder / SAMPLES, len(prompts), len(slots)) as kept:
             for slot, (name, t) in enumerate(slots):
@@ -211,8 +212,6 @@ class Evaluation:
                 rows = [kept.record(row, slot) for row in range(len(prompts))]
                 self.texts[name, t] = [[Completion(c["text"], tuple(c["tokens"]), c["finish_reason"], c["logps"])
                                         for c in row["completions"]] for row in rows]
-                if name not in self.result.texts and t == 1.0 and options.eval_samples > 1:
-                    self.result.numbers["samples"] = options.eval_samples
 
     def _draw(self, kept: Journal, slot: int, name: str, temperature: float, missing: list[int]) -> None:
         options, prompts = self.config.evaluation, self.result.prompts
@@ -241,10 +240,9 @@ class Evaluation:
     def judged(self, judge: str) -> None:
         """One judge's comparisons at each temperature, and its scores where it gives any."""
         label = "gold reward" if judge == "gold" else judge
-        versus = self.config.judges.against
-        names = ("policy",) if versus == "reference" else NAMES
-        paired = judge.partition(":")[0] in verdicts.PAIRED
-        temperatures = [1.0] if judge.startswith("human:") else self.temperatures
+        human, paired = judge.startswith("human:"), judge.partition(":")[0] in verdicts.PAIRED
+        names = ("policy",) if human or self.config.judges.against == "reference" else NAMES
+        temperatures = [1.0] if human else self.temperatures
         wins = self._pair_wins(judge, names, temperatures) if paired else self._score_wins(judge, label, names, temperatures)
         found: dict[float, dict[str, WinRate]] = {}
         for t in temperatures:
