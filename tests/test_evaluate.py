@@ -205,7 +205,7 @@ def test_a_text_is_watched_while_a_policy_is_trained(world, tmp_path):
     log = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     ratios = [line["eval/text_perplexity_ratio"] for line in log if "eval/text_perplexity_ratio" in line]
     numbers = json.loads((tmp_path / "run/evaluation.json").read_text())
-    assert len(ratios) == 2 and ratios[-1] == pytest.approx(numbers["text_perplexity_ratio"], rel=1e-4) != 1
+    assert len(ratios) == 3 and ratios[0] == 1 and ratios[-1] == pytest.approx(numbers["text_perplexity_ratio"], rel=1e-4) != 1
     assert "| perplexity of text.txt |" in (tmp_path / "run/report.md").read_text()
 
 

@@ -163,12 +163,13 @@ def add_log_ratios(result: Comparison, policy: np.ndarray, reference: np.ndarray
         result.add("log-ratio of chosen to rejected, nats", name, estimate(*by_prompt(prompts, told)), f"log_ratio_{name}")
         result.add("chosen is likelier than rejected", name, estimate(*by_prompt(prompts, _signs(told))), f"likelier_{name}")
     result.add("alignment inequality, share of pairs", "policy", estimate(*by_prompt(prompts, _signs(margins))), "alignment")
-    result.add("margin of the log-ratios, nats", "policy", estimate(*by_prompt(prompts, margins)), "margin")
     if len(gold):
         sign = np.sign(gold)
         ordered = [(p, v) for p, v, s in zip(prompts, _signs(margins * sign), sign, strict=True) if s]
-        result.add("the same of pairs ordered by the gold reward", "policy", estimate(*by_prompt(*zip(*ordered, strict=True))),
-                   "alignment_gold")
+        if ordered:
+            share = estimate(*by_prompt(*zip(*ordered, strict=True)))
+            result.add("the same, pairs ordered by the gold reward", "policy", share, "alignment_gold")
+    result.add("margin of the log-ratios, nats", "policy", estimate(*by_prompt(prompts, margins)), "margin")
     slices = _slices(tokens, sources)
     result.numbers["alignment_slices"] = {}
     rows = []
