@@ -18,7 +18,7 @@ from test_evaluation import FewBytes, uniform
 from test_rewardbench import Writer, letter_of
 
 from xalign import RewardModel, load_pretrained, save_pretrained
-from xalign.backends.base import Completion, SamplingParams
+from xalign.backends.base import Completion, SamplingParams, failure
 from xalign.backends.native import NativeBackend
 from xalign.cli import main
 from xalign.config import EvaluationOptions
@@ -216,6 +216,11 @@ def test_replies_are_matched_one_with_one():
     assert matched("ab", "cd") == [("a", "c"), ("b", "d")] and matched("abc", "d") == [("a", "d"), ("b", "d"), ("c", "d")]
 
 
+class Down:
+    def generate(self, prompts, params, progress=""):
+        return [[failure("it is down")] for _ in prompts]
+
+
 def test_a_language_model_is_asked_in_both_orders():
     def judge(function):
         return LanguageJudge(Judge(Writer(function), SamplingParams(temperature=0)))
@@ -227,6 +232,8 @@ def test_a_language_model_is_asked_in_both_orders():
     assert rows[0]["verdicts"][1] == [[1, "so [[B]]"], [1, "so [[A]]"]]
     back = likes.wins(prompts, theirs, ours, [0, 1])
     assert [row["wins"] for row in back] == [[0.0, 1.0], [0.0]]
+    with pytest.raises(DataError, match=r"the judge answered none of 6 requests \(it is down\)"):
+        LanguageJudge(Judge(Down(), SamplingParams())).wins(prompts, ours, theirs, [0, 1])
     for answer in ("[[A]]", "neither"):  # always the first, or none at all: a tie
         rows = judge(lambda text, a=answer: a).wins(prompts, ours, theirs, [0, 1])
         assert [row["wins"] for row in rows] == [[0.5, 0.5], [0.5]]

@@ -101,6 +101,8 @@ class LanguageJudge:
         asked = [(prompt, pair, order) for prompt, pair in games for order in ((0, 1), (1, 0))]
         said = iter(self.judge.choose_in_order([p for p, _, _ in asked], [pair for _, pair, _ in asked],
                                                [order for _, _, order in asked]))
+        if (failures := self.judge.failures) and len(failures) == len(asked):  # a server that is down judges nothing
+            raise DataError(f"the judge answered none of {len(asked)} requests ({failures[0]})")
         found = []
         for a, b in zip(ours, theirs, strict=True):
             verdicts = [(next(said), next(said)) for _ in matched(a, b)]

@@ -10,7 +10,7 @@ import random
 import re
 import string
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -18,7 +18,6 @@ from torch import Tensor
 
 from xalign.backends.base import Completion, SamplingParams
 from xalign.data.records import Message, Text
-from xalign.errors import DataError
 from xalign.scoring import Prompt, checked
 
 LETTERS = string.ascii_uppercase
@@ -41,12 +40,16 @@ class Backend(Protocol):
 
 @dataclass
 class Judge:
-    """Asks a backend; greedy unless `params` say otherwise. It is a scorer, too, which gives ratings."""
+    """Asks a backend; greedy unless `params` say otherwise. It is a scorer, too, which gives ratings.
+
+    `failures` are the errors of the last call's requests; what fails is no verdict.
+    """
 
     backend: Backend
     params: SamplingParams
     seed: int = 0
     chat: bool = True
+    failures: list[str] = field(default_factory=list)
 
     def choose(self, prompts: Sequence[Text], replies: Sequence[Sequence[str]], keys: Sequence[object], *,
                progress: str = "") -> list[tuple[int | None, str]]:
@@ -78,10 +81,8 @@ class Judge:
         return torch.tensor([rating(text) for text in self._texts(asked, progress)], dtype=torch.float32)
 
     def _texts(self, asked: Sequence[Text], progress: str) -> list[str]:
-        """What the judge writes; nothing where it fails. Raises `DataError` where it fails each time."""
         answers = [completions[0] for completions in self.backend.generate(asked, self.params, progress)]
-        if answers and all(answer.error is not None for answer in answers):
-            raise DataError(f"the judge gave no answer to any of {len(answers)} requests ({answers[0].error})")
+        self.failures = [answer.error for answer in answers if answer.error is not None]
         return [answer.text for answer in answers]
 
 
