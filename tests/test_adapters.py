@@ -69,7 +69,8 @@ def texts(capsys, *arguments) -> str:
 def test_dpo_end_to_end(finished, toy, capsys):
     assert {p.name for p in finished.iterdir()} == {
         ".lock", "config.json", "metrics.jsonl", "samples.jsonl", "checkpoint-4", "checkpoint-6", "latest", "reference",
-        "adapter", "policy", "report.md", "evaluation.json", "training.png", "rewards.png", "gold.png", "lengths.png"}
+        "adapter", "policy", "report.md", "report.html", "evaluation.json", "training.png", "rewards.png", "gold.png",
+        "lengths.png"}
     assert [p for p in (finished / "checkpoint-6").rglob("*") if p.is_file()] == [finished / "checkpoint-6/training/state.pt"]
     lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
     assert lines[0]["eval/kl"] == 0 and lines[0]["eval/loss"] == pytest.approx(0.6931, abs=1e-4)

@@ -336,7 +336,7 @@ def test_a_missing_engine_is_named(monkeypatch, folder):
 def test_vllm_itself(tmp_path, monkeypatch):
     """Greedy texts of a real vLLM where one is installed (its kernels want heads of 32 or more: a model of its own).
 
-    Known to differ: of a text whose EOS comes in the middle of a character vLLM drops these bytes, and others show them as U+FFFD.
+    Known to differ: where EOS comes in the middle of a character vLLM drops its bytes, and others show them as U+FFFD.
     """
     pytest.importorskip("vllm")
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")

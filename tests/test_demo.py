@@ -29,3 +29,11 @@ def test_the_demo_keeps_its_promises(tmp_path):
 
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert again.returncode == 0 and "is finished" in again.stderr and "win rate" in again.stdout
+
+    command = [sys.executable, "-m", "xalign", "evaluate", "--model", str(tmp_path / "demo/policy"), "--eval-prompts", "20",
+               "--eval-samples", "1", "--eval-max-new-tokens", "112", "--output-dir", str(tmp_path / "evaluation")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    told = json.loads((tmp_path / "evaluation" / "evaluation.json").read_text())
+    assert told["alignment_gold"] >= 0.85 and told["alignment"] >= 0.75
+    assert told["perplexity_policy"] == pytest.approx(numbers["perplexity_policy"], rel=1e-5)

@@ -52,14 +52,16 @@ FLOORS = [
     "training",
     "backends.base",
     "backends.native",
-    "evaluation.metrics evaluation.intervals",
+    "evaluation.intervals",
+    "evaluation.metrics",
     "data.replies",
     "scoring",
-    "evaluation.compare",
+    "evaluation.figures",
+    "evaluation.compare evaluation.page",
     "evaluation.report evaluation.judge evaluation.rewardbench",
-    "evaluation.rewards",
+    "evaluation.rewards evaluation.pictures",
     "config",
-    "score_config",
+    "score_config evaluate_config",
     "flags",
     "display",
     "inspection",
@@ -87,6 +89,8 @@ FLOORS = [
     "serve",
     "score",
     "rewardbench",
+    "verdicts compared",
+    "evaluate",
     "cli",
     "__main__",
 ]
@@ -157,7 +161,7 @@ def test_every_public_name_is_there():
 @pytest.mark.parametrize("arguments", ["dpo --help", "sft --help", "generate --help", "--help", "--version", "nonsense",
                                        "dpo --bata 1", "dpo --print-config", "data inspect --help", "score --help",
                                        "rewardbench --help", "reward --help", "collect --help", "annotate --help",
-                                       "binarize --help", "chat --help"])
+                                       "binarize --help", "chat --help", "evaluate --help"])
 def test_help_and_mistakes_load_nothing_heavy(arguments):
     code = ("import sys\nfrom xalign.cli import main\ntry: main(sys.argv[1:])\nexcept SystemExit: pass\n"
             f"loaded = [m for m in {HEAVY} if m in sys.modules]\nassert not loaded, loaded")

@@ -95,7 +95,7 @@ def test_train_dpo_end_to_end(finished):
     run, done = finished
     assert {p.name for p in run.iterdir()} == {
         ".lock", "config.json", "metrics.jsonl", "samples.jsonl", "checkpoint-4", "checkpoint-6", "latest", "sft", "reference",
-        "policy", "report.md", "evaluation.json", "training.png", "rewards.png", "gold.png", "lengths.png"}
+        "policy", "report.md", "report.html", "evaluation.json", "training.png", "rewards.png", "gold.png", "lengths.png"}
     assert {p.name for p in (run / "policy").iterdir()} == {
         "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer.model",
         "tokenizer_config.json"}
@@ -182,7 +182,7 @@ def test_a_policy_that_was_deleted_is_made_again(finished, toy, tmp_path, capsys
     assert f"{tmp_path}/run/policy is missing although there is a report" in err and "resumed after step 6 of 6" in err
     assert out == finished[1].stdout
     after = snapshot(tmp_path / "run")
-    timed = ("metrics.jsonl", "sft/metrics.jsonl", "evaluation.json", "report.md", "plots.png")
+    timed = ("metrics.jsonl", "sft/metrics.jsonl", "evaluation.json", "report.md", "report.html", "plots.png")
     assert {k: v for k, v in after.items() if k not in timed} == {k: v for k, v in before.items() if k not in timed}
     assert after["metrics.jsonl"] == before["metrics.jsonl"]
 

@@ -136,6 +136,17 @@ def _rewardbench(arguments: Sequence[str], program: str) -> None:
         run_rewardbench(config)
 
 
+def _evaluate(arguments: Sequence[str], program: str) -> None:
+    from xalign.evaluate_config import EvaluateConfig
+    from xalign.flags import parse
+
+    config = parse(EvaluateConfig, arguments, program)
+    with _kept("samples and judgements are kept, the same command goes on"):
+        from xalign.evaluate import run_evaluate
+
+        run_evaluate(config)
+
+
 def _file_as_flag(arguments: Sequence[str]) -> list[str]:
     """The file needs no flag: it is what is neither a flag, nor a flag's value. Raises `ConfigError` for several."""
     from xalign.data.shapes import NAMES
@@ -174,6 +185,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str], str], None], str]] = {
     "chat": (_chat, "talk to a model, or to two side by side (generate.py --chat)"),
     "score": (_score, "score replies with a reward model, a DPO policy or a server; --serve does it over HTTP"),
     "rewardbench": (_rewardbench, "measure a reward model, a DPO policy or a judge on RewardBench"),
+    "evaluate": (_evaluate, "compare a policy with its reference: win rate, log-ratio, KL, perplexity, samples"),
     "collect": (_collect, "draw completions from a pool of models, for preference data"),
     "annotate": (_annotate, "judge completions: reward model, known reward, or a language model"),
     "binarize": (_binarize, "make preference pairs of annotated completions"),

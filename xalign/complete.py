@@ -11,6 +11,7 @@ from xalign.config import GenerateConfig, PromptOptions
 from xalign.data.records import Message, Text
 from xalign.data.sources import read_prompts
 from xalign.errors import ConfigError, DataError
+from xalign.evaluate_config import ComparedDataOptions
 from xalign.loading import load
 from xalign.prepare import say
 from xalign.repl import run_chat, talks
@@ -63,7 +64,7 @@ def gather(options: PromptOptions) -> Iterator[Text]:
             raise DataError(f"standard input is not UTF-8 ({error.reason} at byte {error.start})") from None
 
 
-def as_prompt(prompt: Text, options: PromptOptions | ScoreOptions, where: str) -> Text:
+def as_prompt(prompt: Text, options: PromptOptions | ScoreOptions | ComparedDataOptions, where: str) -> Text:
     """With --chat a text becomes a user's turn, behind the --system turn where there is one; `where` begins an error."""
     if not options.chat:
         if options.system is not None:

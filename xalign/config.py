@@ -238,7 +238,7 @@ class RunOptions:
 
 @dataclass(frozen=True)
 class EvaluationOptions:
-    """The evaluation at the end."""
+    """The evaluation: samples at temperature 1, and perplexity."""
 
     eval_prompts: int = 500
     """Held-out prompts to sample from."""
@@ -246,6 +246,11 @@ class EvaluationOptions:
     """Samples a prompt, temperature 1, unfiltered."""
     eval_max_new_tokens: int = 128
     """Tokens a sample at most."""
+    eval_text: str | None = None
+    """Text whose perplexity is watched (.txt with a document a line, .jsonl, ...; its first 500 documents), also while a
+    policy is trained: alignment must not cost the model its language."""
+    perplexity_alert: float = 1.5
+    """Warn when the policy's perplexity of --eval-text is more than so many times the reference's."""
 
 
 @dataclass(frozen=True)

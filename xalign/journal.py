@@ -4,16 +4,18 @@ import json
 import os
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from xalign.disk import atomic_file, check_same, lock, write_atomically, writing
 from xalign.errors import CheckpointError
 
+PART = 64  # rows whose work is done together
 HEAD = re.compile(rb'\{"row": (\d+), "slot": (\d+), "failed": (true|false)[,}]')
 
 
@@ -80,6 +82,32 @@ class Journal:
                 raise CheckpointError(f"{self.path}: became shorter while it was read")
         record: dict[str, Any] = json.loads(b"".join(chunks).split(b"\n", 1)[0])
         return record
+
+    def record(self, row: int, slot: int) -> dict[str, Any]:
+        """The same of a piece of work that has been done."""
+        found = self.read(row, slot)
+        assert found is not None, f"{self.path}: nothing for row {row}, slot {slot}"
+        return found
+
+    def fill(self, slot: int, work: Callable[[list[int]], list[dict[str, Any]]], title: str) -> None:
+        """Do what a slot lacks: `work` gives the records of some rows, `PART` at a time.
+
+        A part that was cut off is done again as a whole, so that rows are batched as they would have been.
+        """
+        rows = len(self.at)
+        with tqdm(total=rows, desc=title, unit="row", delay=2, mininterval=1) as bar:
+            for at in range(0, rows, PART):
+                part = list(range(at, min(rows, at + PART)))
+                if self.missing[part, slot].any():
+                    for row, record in zip(part, work(part), strict=True):
+                        self.add(row, slot, False, record)
+                bar.update(len(part))
+
+    def __enter__(self) -> "Journal":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
     def close(self) -> None:
         os.close(self._file)

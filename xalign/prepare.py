@@ -52,6 +52,7 @@ R = TypeVar("R", EncodedPair, EncodedLabelled, EncodedRanked, EncodedExample)
 Source = Callable[[], Iterator[T]]  # records, read from their files anew at each call
 EMBEDDED = Path(__file__).resolve().parent.parent / "data"
 MISMATCHED = 256  # records in a row among which a mismatched completion is looked for
+WATCHED = 500  # documents of a text whose perplexity is watched
 HELD_OUT = 5_000  # pairs or examples of an evaluation at most: more only cost time, .7 % is the standard error of an accuracy
 
 
@@ -318,6 +319,12 @@ def in_memory(encode: Callable[..., Iterator[R]], records: Iterable[Any], tokeni
     say(f"{title}: {report}")
     warn(truncated(report))
     return encoded
+
+
+def watched_text(file: str, tokenizer: Tokenizer, max_length: int) -> list[EncodedExample]:
+    """The first documents of a text (or records of a file) whose perplexity is watched; long ones are split, nothing is cut."""
+    documents = itertools.islice(iter_examples(file), WATCHED)
+    return in_memory(encode_examples, documents, tokenizer, max_length, "keep_start", Path(file).name)
 
 
 def on_disk(folder: Path, kind: type[R], encode: Callable[..., Iterator[R]], source: Callable[[], Iterator[Any]],

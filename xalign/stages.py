@@ -1,30 +1,34 @@
 """The stages that the training programs are made of: data, tokenizer and model from scratch, imitation, reference."""
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain, islice
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from xalign import distributed
 from xalign.checkpoint import load_pretrained
-from xalign.config import ModelOptions, QuantOptions, RunOptions, SFTOptions, TrainingOptions
+from xalign.config import EvaluationOptions, ModelOptions, QuantOptions, RunOptions, SFTOptions, TrainingOptions
 from xalign.data import toyworld
 from xalign.data.chat_template import DEFAULT_TEMPLATE, ROLE_MARKERS
 from xalign.data.collate import EncodedExample, Schedule, collate_examples
 from xalign.data.records import PreferencePair, Text
 from xalign.data.store import Store
 from xalign.errors import CheckpointError, ConfigError
-from xalign.evaluation.metrics import mean_nll
+from xalign.evaluation.figures import Comparison, add_text, alarm
+from xalign.evaluation.metrics import example_logps, mean_nll
 from xalign.nn.linear import Linear
 from xalign.nn.quantize import WIDTH, QuantizedLinear, checked, quantize
 from xalign.nn.transformer import Decoder, TransformerWrapper
 from xalign.objectives import SFT
-from xalign.prepare import Split, say
+from xalign.prepare import Split, say, watched_text
 from xalign.runs import RunFolder
 from xalign.tokenizers import Tokenizer, train_sentencepiece
 from xalign.training import LoopOptions, autocast, train
+from xalign.watch import warn
 
 # Characters that a tokenizer from scratch is trained on at most; of more text every 2nd, 4th, ... record is taken. The
 # pieces of a small vocabulary are settled long before, and SentencePiece takes about 9 bytes of memory for each.
@@ -223,3 +227,39 @@ def sft_loop(options: SFTOptions, training: TrainingOptions, run: RunOptions) ->
 def prompt_text(prompt: Text) -> str:
     """A prompt as a person reads it."""
     return prompt if isinstance(prompt, str) else "\n".join(f"{m.role}: {m.content}" for m in prompt)
+
+
+class LanguageWatch:
+    """The perplexity of --eval-text while a policy is trained, against what it was before; above --perplexity-alert times that
+    it warns, once."""
+
+    def __init__(self, options: EvaluationOptions, tokenizer: Tokenizer, policy: TransformerWrapper):
+        self.options, self.pad_id, self.told = options, tokenizer.pad_id, False
+        self.examples: list[EncodedExample] = []
+        if options.eval_text is not None and distributed.rank() == 0:  # which evaluates
+            self.examples = watched_text(options.eval_text, tokenizer, policy.max_seq_len)
+            self.before = mean_nll(policy, self.examples, self.pad_id)
+
+    def __call__(self, policy: TransformerWrapper, step: int) -> dict[str, float]:
+        """`eval/text_perplexity`, and its ratio to that before training; {} without a text."""
+        if not self.examples:
+            return {}
+        nats = mean_nll(policy, self.examples, self.pad_id)
+        ratio = math.exp(min(700.0, nats - self.before))
+        told = alarm(ratio, self.options.perplexity_alert, Path(str(self.options.eval_text)).name)
+        if told and not self.told:
+            warn(f"dpo, step {step}: {told}")
+            self.told = True
+        return {"eval/text_perplexity": math.exp(min(700.0, nats)), "eval/text_perplexity_ratio": ratio}
+
+
+def add_watched(result: Comparison, options: EvaluationOptions, tokenizer: Tokenizer, reference: TransformerWrapper,
+                policy: torch.nn.Module) -> None:
+    """The same in the end, for the report."""
+    if options.eval_text is None:
+        return
+    text = watched_text(options.eval_text, tokenizer, reference.max_seq_len)
+    models: dict[str, torch.nn.Module] = {"reference": reference, "policy": policy}
+    logps = {name: example_logps(model, text, tokenizer.pad_id)[0] for name, model in models.items()}
+    tokens = [float(sum(document.loss_mask[1:])) for document in text]
+    warn(add_text(result, Path(options.eval_text).name, logps, tokens, options.perplexity_alert))

@@ -53,6 +53,8 @@ from xalign.prepare import (
 from xalign.reference import reference_logps
 from xalign.runs import CONFIG, SAMPLES, RunFolder, read_json
 from xalign.stages import (
+    LanguageWatch,
+    add_watched,
     choose_device,
     count_steps,
     imitate,
@@ -89,7 +91,7 @@ def claim(config: Any, program: str) -> RunFolder:
     if run.resume and run.overwrite:
         raise ConfigError("--resume and --overwrite are both given, allowed is one of them")
     settings = {"program": program, **{k: v for k, v in flatten(config).items() if k not in VOLATILE}}
-    names = [settings.get(name) or () for name in ("dataset", "eval_dataset", "sft_dataset")]
+    names = [settings.get(name) or () for name in ("dataset", "eval_dataset", "sft_dataset", "eval_text")]
     files = [file for value in names for file in ((value,) if isinstance(value, str) else value)]
     settings["data_sha256"] = distributed.once(lambda: data_digest(files))
     folder.claim({k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}, run.overwrite)
@@ -319,6 +321,7 @@ def prefer(config: DPOConfig, run: RunFolder, data: Split[Any], examples: Source
     result = compare(dpo, reference, untrained, tokenizer, held_out, eval_rows, gold_known=gold_known,
                      prompts=e.eval_prompts, samples=e.eval_samples, max_new_tokens=e.eval_max_new_tokens,
                      seed=config.training.seed)
+    add_watched(result, e, tokenizer, reference, dpo.policy_model)
     result.numbers["seconds"] = round(time.time() - started, 1)
     title = f"{config.loss.loss_type} on {config.data.dataset or 'the toy world'}"
     return write_report(run.path, title, result, flatten(config))
@@ -385,6 +388,7 @@ def align(config: DPOConfig, run: RunFolder, dpo: DPO, tokenizer: Tokenizer, row
         weights = [dpo.components[0].options.get(f"{kind}desirable_weight", 1.0) for kind in ("", "un")]
         warn(unbalanced(int(rows.labels.sum()), int((~rows.labels).sum()), *weights))
     known = eval_known = None
+    watched = LanguageWatch(config.evaluation, tokenizer, policy)
     with autocast(device, training.bf16):
         if dpo.compares and config.loss.precompute_ref_log_probs:
             folder = Path(config.loss.reference_cache) if config.loss.reference_cache else run.path / "reference-logps"
@@ -411,7 +415,7 @@ def align(config: DPOConfig, run: RunFolder, dpo: DPO, tokenizer: Tokenizer, row
         with autocast(device, training.bf16):
             if dpo.compares:  # other losses have no reference in memory
                 kl = sampled_kl(policy, dpo.reference, drawn)
-            return kl | quick(dpo, eval_rows, eval_known, tokenizer.pad_id)
+            return kl | watched(policy, step) | quick(dpo, eval_rows, eval_known, tokenizer.pad_id)
 
     if known is not None and dpo.ref_model is not None:
         dpo.ref_model.to("cpu")  # all that training asks of it is known; its room on a GPU is worth a larger batch

@@ -1,9 +1,7 @@
-"""Policy against reference on held-out pairs: everything that the report shows."""
+"""Policy against reference on held-out pairs, at the end of a preference training: everything that its report shows."""
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,30 +14,12 @@ from xalign.data.collate import EncodedLabelled, EncodedPair
 from xalign.data.records import Labelled, PreferencePair, Text
 from xalign.dpo import DPO
 from xalign.evaluation import metrics
-from xalign.evaluation.metrics import Estimate, estimate
+from xalign.evaluation.figures import Comparison, add_divergence, add_gold, add_scores, add_texts, add_wins, chars
+from xalign.evaluation.intervals import all_wins, differences, estimate
 from xalign.nn.transformer import TransformerWrapper
 from xalign.tokenizers import Tokenizer
 
 Logps = tuple[Tensor, Tensor]  # of chosen and rejected texts, or of labelled and mismatched ones
-
-
-@dataclass
-class Comparison:
-    """Rows of the table (name -> model -> estimate), numbers for evaluation.json, and texts and values for pictures."""
-
-    table: dict[str, dict[str, Estimate]] = field(default_factory=dict)
-    numbers: dict[str, Any] = field(default_factory=dict)
-    prompts: list[Text] = field(default_factory=list)
-    texts: dict[str, list[list[str]]] = field(default_factory=dict)
-    gold: dict[str, list[list[float]]] = field(default_factory=dict)
-    lengths: dict[str, list[list[int]]] = field(default_factory=dict)
-    labelled: bool = False
-
-    def add(self, row: str, model: str, value: Estimate, key: str = "") -> None:
-        self.table.setdefault(row, {})[model] = value
-        if key:
-            self.numbers[key] = value.value
-            self.numbers[f"{key}_interval"] = [value.low, value.high]
 
 
 def compare(dpo: DPO, reference: TransformerWrapper, untrained: TransformerWrapper | None, tokenizer: Tokenizer,
@@ -62,12 +42,8 @@ def compare(dpo: DPO, reference: TransformerWrapper, untrained: TransformerWrapp
     if correct:
         result.add("preference accuracy", "policy", estimate(correct), "preference_accuracy")
 
-    # a text that outgrows the window would be drawn from another distribution than the one that is scored
-    room = policy.max_seq_len - max_new_tokens
-    unique = {str(p.prompt): p.prompt for p in pairs}
-    fitting = [p for p in unique.values() if len(render_prompt(tokenizer, p).ids) <= room]
-    result.prompts = fitting[:prompts]
-    result.numbers |= {"prompts": len(result.prompts), "prompts_too_long": len(unique) - len(fitting)}
+    result.prompts, too_long = fitting([p.prompt for p in pairs], tokenizer, policy.max_seq_len - max_new_tokens, prompts)
+    result.numbers |= {"prompts": len(result.prompts), "prompts_too_long": too_long}
     if not result.prompts:
         return result
     models = {"reference": (reference, samples), "policy": (policy, samples)}
@@ -77,41 +53,27 @@ def compare(dpo: DPO, reference: TransformerWrapper, untrained: TransformerWrapp
     for name, (model, n) in models.items():
         completions[name] = metrics.sample(model, tokenizer, result.prompts, n, max_new_tokens, seed + (name == "policy"),
                                            f"sample {name}")
-        result.texts[name] = [[c.text for c in row] for row in completions[name]]
-        result.lengths[name] = [[len(c.token_ids) for c in row] for row in completions[name]]
-        result.add("tokens a sample", name, _mean(result.lengths[name]), f"length_{name}")
-        flat = [text for row in result.texts[name] for text in row]
-        result.numbers[f"distinct_{name}"] = len(set(flat)) / len(flat)
+        add_texts(result, name, completions[name])
     ours, theirs = (metrics.completion_logps(m, tokenizer, result.prompts, completions["policy"]) for m in (policy, reference))
-    ratios = [[a - b for a, b in zip(x, y, strict=True)] for x, y in zip(ours, theirs, strict=True)]
-    result.add("KL to the reference, nats a sequence", "policy", _mean(ratios), "kl")
+    add_divergence(result, ours, theirs, [[c.logps or 0.0 for c in row] for row in completions["reference"]])
     if gold_known:
-        _add_gold(result, pairs)
+        scores = {name: [[toyworld.gold_reward(str(p), text) for text in row]
+                         for p, row in zip(result.prompts, rows, strict=True)] for name, rows in result.texts.items()}
+        add_scores(result, "gold reward", scores)
+        add_gold(result, pairs)
+        add_wins(result, "gold reward", all_wins(scores["policy"], scores["reference"]),
+                 differences(*(chars(result.texts[name]) for name in ("policy", "reference"))))
     return result
 
 
-def _add_gold(result: Comparison, pairs: Sequence[PreferencePair | Labelled]) -> None:
-    checks = {"well_formed": toyworld.is_well_formed, "consistent": toyworld.is_consistent}
-    for name, rows in result.texts.items():
-        told = list(zip([str(p) for p in result.prompts], rows, strict=True))
-        result.gold[name] = [[toyworld.gold_reward(p, text) for text in row] for p, row in told]
-        result.add("gold reward", name, _mean(result.gold[name]), f"gold_{name}")
-        for check, passes in checks.items():
-            result.add(check.replace("_", "-"), name, _mean([[float(passes(p, t)) for t in row] for p, row in told]),
-                       f"{check}_{name}")
-    won = estimate(metrics.wins(result.gold["policy"], result.gold["reference"]))
-    result.add("win rate by gold reward", "policy", won, "win_rate")
-    told_apart = [p for p in pairs if isinstance(p, PreferencePair)]
-    if not told_apart:
-        return
-    limit = toyworld.preference_limit(
-        {"prompt": str(p.prompt), "chosen": str(p.chosen), "rejected": str(p.rejected)} for p in told_apart)
-    result.numbers["preference_accuracy_limit"] = limit
-    result.numbers["preference_accuracy_share"] = metrics.label_noise_share(result.numbers["preference_accuracy"], limit)
+def fitting(prompts: Sequence[Text], tokenizer: Tokenizer, room: int, limit: int) -> tuple[list[Text], int]:
+    """The first `limit` different prompts that have up to `room` tokens, and how many in all have more.
 
-
-def _mean(rows: Sequence[Sequence[float]]) -> Estimate:
-    return estimate([float(np.sum(row)) for row in rows], [len(row) for row in rows])
+    A text that outgrows the window would be drawn from another distribution than the one that is scored.
+    """
+    unique = {str(p): p for p in prompts}
+    kept = [p for p in unique.values() if len(render_prompt(tokenizer, p).ids) <= room]
+    return kept[:limit], len(unique) - len(kept)
 
 
 def _accuracies(dpo: DPO, encoded: Sequence[EncodedPair], policy: Logps,

@@ -10,7 +10,7 @@ import random
 import re
 import string
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -40,12 +40,16 @@ class Backend(Protocol):
 
 @dataclass
 class Judge:
-    """Asks a backend; greedy unless `params` say otherwise. It is a scorer, too, which gives ratings."""
+    """Asks a backend; greedy unless `params` say otherwise. It is a scorer, too, which gives ratings.
+
+    `failures` are the errors of the last call's requests; what fails is no verdict.
+    """
 
     backend: Backend
     params: SamplingParams
     seed: int = 0
     chat: bool = True
+    failures: list[str] = field(default_factory=list)
 
     def choose(self, prompts: Sequence[Text], replies: Sequence[Sequence[str]], keys: Sequence[object], *,
                progress: str = "") -> list[tuple[int | None, str]]:
@@ -53,11 +57,16 @@ class Judge:
 
         The order in which they are shown is drawn by the seed and a row's key.
         """
-        orders, asked = [], []
-        for prompt, given, key in zip(prompts, replies, keys, strict=True):
-            order = list(range(len(given)))
+        orders = [list(range(len(given))) for given in replies]
+        for order, key in zip(orders, keys, strict=True):
             random.Random(f"{self.seed}:{key}").shuffle(order)
-            orders.append(order)
+        return self.choose_in_order(prompts, replies, orders, progress=progress)
+
+    def choose_in_order(self, prompts: Sequence[Text], replies: Sequence[Sequence[str]], orders: Sequence[Sequence[int]], *,
+                        progress: str = "") -> list[tuple[int | None, str]]:
+        """The same, with reply `order[i]` shown in place i."""
+        asked = []
+        for prompt, given, order in zip(prompts, replies, orders, strict=True):
             verdicts = ", ".join(f"[[{letter}]]" for letter in LETTERS[: len(order)])
             shown = [_part(f"Reply {letter}", given[i]) for letter, i in zip(LETTERS, order, strict=False)]
             asked.append((Message("system", CHOOSE.format(count=len(order), verdicts=verdicts)),
@@ -72,7 +81,9 @@ class Judge:
         return torch.tensor([rating(text) for text in self._texts(asked, progress)], dtype=torch.float32)
 
     def _texts(self, asked: Sequence[Text], progress: str) -> list[str]:
-        return [completions[0].text for completions in self.backend.generate(asked, self.params, progress)]
+        answers = [completions[0] for completions in self.backend.generate(asked, self.params, progress)]
+        self.failures = [answer.error for answer in answers if answer.error is not None]
+        return [answer.text for answer in answers]
 
 
 def _conversation(prompt: Text) -> list[str]:

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
@@ -25,51 +24,15 @@ from xalign.data.collate import (
 )
 from xalign.data.records import Text
 from xalign.dpo import DPO, unwrap
+from xalign.evaluation.intervals import Estimate, estimate
 from xalign.logprobs import scored_logprobs
 from xalign.nn.decoding import evaluating
 from xalign.nn.transformer import TransformerWrapper
 from xalign.objectives import pair_masks
 from xalign.tokenizers import Tokenizer
 
-RESAMPLES = 2000
 SCORED_LOGITS = 2**28  # of one forward pass, for one side of pairs: 1 GiB in fp32, so that a large vocabulary fits
 Batch = TypeVar("Batch", PairBatch, RankedBatch, ExampleBatch)
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A mean (or a function of one) and its 95 % bootstrap interval, resampled over prompts."""
-
-    value: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
-
-
-def estimate(sums: Sequence[float], counts: Sequence[float] | None = None,
-             transform: Callable[[np.ndarray], np.ndarray] = lambda x: x, seed: int = 0) -> Estimate:
-    """The estimate of transform(sum(sums) / sum(counts)); entry i belongs to prompt i, prompts are resampled together.
-
-    So samples of one prompt, which are alike, do not make the interval too narrow. The resampling is seeded.
-    """
-    s = np.asarray(sums, dtype=np.float64)
-    c = np.ones_like(s) if counts is None else np.asarray(counts, dtype=np.float64)
-    draw = np.random.default_rng(seed)
-    resampled = [s[rows].sum() / c[rows].sum() for rows in (draw.integers(0, len(s), len(s)) for _ in range(RESAMPLES))]
-    value = float(transform(s.sum() / c.sum()))
-    low, high = np.quantile(transform(np.array(resampled)), (0.025, 0.975))
-    return Estimate(value, float(low), float(high))
-
-
-def wins(policy: Sequence[Sequence[float]], reference: Sequence[Sequence[float]]) -> list[float]:
-    """Each prompt's share of pairs (policy sample, reference sample) that the policy wins; a tie counts one half."""
-    rates = []
-    for ours, theirs in zip(policy, reference, strict=True):
-        a, b = np.asarray(ours)[:, None], np.asarray(theirs)[None]
-        rates.append(float(((a > b) + 0.5 * (a == b)).mean()))
-    return rates
 
 
 def sample(model: TransformerWrapper, tokenizer: Tokenizer, prompts: Sequence[Text], n: int, max_new_tokens: int,
@@ -125,12 +88,20 @@ def chosen_logps(model: TransformerWrapper, pairs: Sequence[EncodedPair], pad_id
     return sums, counts
 
 
+def sides_logps(model: TransformerWrapper, pairs: Sequence[EncodedPair], pad_id: int,
+                progress: str = "") -> tuple[np.ndarray, np.ndarray]:
+    """Summed log-probabilities, nats, of both sides of pairs (of labelled texts: the one) given their prompts, and how many
+    tokens these have, EOS included: (sides, pairs) each.
+    """
+    both = [*pairs, *(EncodedPair(p.prompt, p.rejected, []) for p in pairs if not isinstance(p, EncodedLabelled))]
+    sums, counts = (np.asarray(column).reshape(-1, len(pairs)) for column in chosen_logps(model, both, pad_id, 32, progress))
+    return sums, counts
+
+
 def perplexity(model: TransformerWrapper, pairs: Sequence[EncodedPair], pad_id: int) -> Estimate:
     """Perplexity of held-out completions (of pairs: both) given their prompts: exp of nats a token, EOS included."""
-    n = len(pairs)
-    both = [*pairs, *(EncodedPair(p.prompt, p.rejected, []) for p in pairs if not isinstance(p, EncodedLabelled))]
-    sums, counts = (np.asarray(column).reshape(-1, n).sum(0) for column in chosen_logps(model, both, pad_id))
-    return estimate(-sums, counts, np.exp)
+    sums, counts = sides_logps(model, pairs, pad_id)
+    return estimate(-sums.sum(0), counts.sum(0), np.exp)
 
 
 def pairs_logps(dpo: DPO, model: TransformerWrapper, pairs: Sequence[EncodedPair], pad_id: int, size: int = 32,
@@ -152,17 +123,25 @@ def pairs_logps(dpo: DPO, model: TransformerWrapper, pairs: Sequence[EncodedPair
     return chosen, rejected
 
 
-def mean_nll(model: nn.Module, examples: Sequence[EncodedExample], pad_id: int) -> float:
-    """Cross-entropy of the scored tokens, nats a token."""
-    total = count = 0.0
+def example_logps(model: nn.Module, examples: Sequence[EncodedExample], pad_id: int,
+                  progress: str = "") -> tuple[list[float], list[int]]:
+    """Summed log-probability, nats, of each example's scored tokens, and how many they are."""
+    sums, counts = [0.0] * len(examples), [0] * len(examples)
 
     def use(rows: list[int], batch: ExampleBatch) -> None:
-        nonlocal total, count
         logps, scored = scored_logprobs(model, batch.tokens, batch.loss_mask)
-        total, count = total - float(logps.masked_fill(~scored, 0.0).sum()), count + float(scored.sum())
+        for i, s, c in zip(rows, logps.masked_fill(~scored, 0.0).sum(1).tolist(), scored.sum(1).tolist(), strict=True):
+            sums[i], counts[i] = s, c
 
-    each_batch(model, [e.length for e in examples], lambda rows: collate_examples([examples[i] for i in rows], pad_id), use)
-    return total / max(1.0, count)
+    each_batch(model, [e.length for e in examples], lambda rows: collate_examples([examples[i] for i in rows], pad_id), use,
+               progress=progress)
+    return sums, counts
+
+
+def mean_nll(model: nn.Module, examples: Sequence[EncodedExample], pad_id: int) -> float:
+    """Cross-entropy of the scored tokens, nats a token."""
+    sums, counts = example_logps(model, examples, pad_id)
+    return -math.fsum(sums) / max(1, sum(counts))
 
 
 def accuracies(chosen: Tensor, rejected: Tensor) -> list[float]:

@@ -1,14 +1,16 @@
-"""`report.md` of a preference run, its pictures and `evaluation.json`."""
+"""`report.md`, `report.html` and `evaluation.json` of a comparison, and the pictures of a preference run."""
 
 import io
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from xalign.data.records import Text
 from xalign.disk import write_atomically
-from xalign.evaluation.compare import Comparison
+from xalign.evaluation.figures import Comparison
+from xalign.evaluation.page import write_page
 from xalign.runs import METRICS, read_jsonl, strict
 
 MODELS = ("untrained", "reference", "policy")
@@ -16,10 +18,7 @@ SHOWN = 10
 
 
 def write_report(folder: Path, title: str, result: Comparison, settings: dict[str, Any]) -> str:
-    """Write evaluation.json, the pictures and report.md (last, so that its presence means all is there); give the table."""
-    write_atomically(folder / "evaluation.json", json.dumps(strict(result.numbers), indent=2) + "\n")
-    table = _table(result)
-    pictures = draw(folder, result)
+    """The report of a preference run; see `write`."""
     what = "pairs"
     if result.labelled:
         what = "labelled completions, the accuracy over all pairs of a desirable and an undesirable one"
@@ -30,33 +29,52 @@ def write_report(folder: Path, title: str, result: Comparison, settings: dict[st
     if "preference_accuracy_limit" in result.numbers:
         notes.append(f"Labels are noisy: knowing the gold reward itself, accuracy would be "
                      f"{result.numbers['preference_accuracy_limit']:.3f}.")
-    parts = [f"# {title}", table, "\n\n".join(notes), "## Pictures"]
+    return write(folder, title, result, notes, draw(folder, result), settings)
+
+
+def write(folder: Path, title: str, result: Comparison, notes: Sequence[str], pictures: Sequence[tuple[str, str]],
+          settings: dict[str, Any]) -> str:
+    """Write evaluation.json, report.html and report.md (last, so that its presence means all is there); give the table.
+
+    `pictures` are (file in the folder, caption).
+    """
+    write_atomically(folder / "evaluation.json", json.dumps(strict(result.numbers), indent=2) + "\n")
+    head, rows = table_rows(result)
+    table = markdown(head, rows)
+    write_page(folder / "report.html", title, result, head, rows, notes,
+               [((folder / name).read_bytes(), text) for name, text in pictures], settings)
+    parts = [f"# {title}", *(f"**Warning**: {alert}." for alert in result.alerts), table, "\n\n".join(notes), "## Pictures"]
     parts += [f"![{text}]({name})\n\n*{text}*" for name, text in pictures]
     if not pictures:
         parts.append("(none: matplotlib is not installed; `pip install xalign[plots]` and run again with --overwrite)")
-    parts += ["## Samples", "First sample of each model.", *_samples(result)]
+    for section in result.sections:
+        parts += [f"## {section.title}", markdown(section.head, section.rows), section.note]
+    parts += ["## Samples", "First sample of each model; report.html has more, side by side.", *_samples(result)]
     parts += ["## Settings", "```json\n" + json.dumps(settings, indent=2) + "\n```"]
-    write_atomically(folder / "report.md", "\n\n".join(parts) + "\n")
+    write_atomically(folder / "report.md", "\n\n".join(filter(None, parts)) + "\n")
     return table
 
 
-def _table(result: Comparison) -> str:
+def table_rows(result: Comparison) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of the table of all figures, a column for each model; who wins comes first."""
     models = [m for m in MODELS if any(m in row for row in result.table.values())]
-    lines = ["| |" + "|".join(f" {m} " for m in models) + "|", "|---|" + "---|" * len(models)]
-    for row, values in result.table.items():
-        lines.append(f"| {row} |" + "|".join(f" {values[m]} " if m in values else " " for m in models) + "|")
-    distinct = {m: result.numbers.get(f"distinct_{m}") for m in models}
-    lines.append("| distinct samples |" + "|".join("" if d is None else f" {d:.3f} " for d in distinct.values()) + "|")
-    return "\n".join(lines)
+    rows = sorted(result.table.items(), key=lambda row: not row[0].startswith("win rate"))
+    return ["", *models], [[row, *(str(values.get(m, "")) for m in models)] for row, values in rows]
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    lines = ["|" + "|".join(f" {cell} " if cell else " " for cell in row) + "|" for row in (head, *rows)]
+    return "\n".join([lines[0], "|" + "---|" * len(head), *lines[1:]])
 
 
 def _samples(result: Comparison) -> list[str]:
     parts = []
     for i, prompt in enumerate(result.prompts[:SHOWN]):
         lines = [f"**{i + 1}.** {prose(prompt)}"]
-        for name in ("reference", "policy"):
-            gold = f" (gold {result.gold[name][i][0]:+.2f})" if name in result.gold else ""
-            lines.append(f"- *{name}*{gold}: {prose(result.texts[name][i][0])}")
+        for name in (m for m in MODELS[1:] if m in result.texts):
+            score = f" ({result.score_name} {result.scores[name][i][0]:+.2f})" if name in result.scores else ""
+            lines.append(f"- *{name}*{score}: {prose(result.texts[name][i][0])}")
         parts.append("\n".join(lines))
     return parts
 
@@ -109,7 +127,6 @@ def draw(folder: Path, result: Comparison) -> list[tuple[str, str]]:
     if plt is None:
         return []
     log = read_jsonl(folder / METRICS)
-    colours = {"untrained": "0.7", "reference": "tab:blue", "policy": "tab:orange"}
     pictures: list[tuple[str, str]] = []
 
     def save(figure: Any, name: str, caption: str) -> None:
@@ -133,16 +150,27 @@ def draw(folder: Path, result: Comparison) -> list[tuple[str, str]]:
     axis.axhline(0, color="0.4", lw=0.8)
     save(figure, "rewards.png", "Implicit reward of chosen and rejected; both falling means that likelihood is lost on both.")
 
-    for values, name, title in ((result.gold, "gold.png", "gold reward"), (result.lengths, "lengths.png", "tokens a sample")):
-        if not values:
+    return pictures + draw_samples(plt, folder, result)
+
+
+def draw_samples(plt: Any, folder: Path, result: Comparison) -> list[tuple[str, str]]:
+    """Scores and lengths of the samples of both models."""
+    pictures = []
+    colours = {"reference": "tab:blue", "policy": "tab:orange"}
+    gold = result.score_name == "gold"
+    what = ((result.scores, "gold.png" if gold else "scores.png", "gold reward" if gold else f"score by {result.score_name}"),
+            (result.lengths, "lengths.png", "tokens a sample"))
+    for values, name, title in what:
+        shown = {m: flat for m in colours if (flat := [v for row in values.get(m, []) for v in row if math.isfinite(v)])}
+        if not shown:
             continue
         figure, axis = plt.subplots(figsize=(6.5, 3.8))
-        shown = {m: [v for row in values[m] for v in row] for m in ("reference", "policy") if m in values}
         low, high = min(min(v) for v in shown.values()), max(max(v) for v in shown.values())
         for model, flat in shown.items():
             axis.hist(flat, bins=24, range=(low, high + 1e-9), alpha=0.55, label=model, color=colours[model], density=True)
             axis.axvline(sum(flat) / len(flat), color=colours[model], lw=1.5)
-        axis.set(title=title, ylabel="density")
+        axis.set(title=title.replace("$", r"\$"), ylabel="density")
         axis.legend()
-        save(figure, name, f"{title.capitalize()} of the samples before and after; lines are the means.")
+        caption = f"{title[0].upper()}{title[1:]}: the samples before and after; lines are the means."
+        pictures.append(save_figure(plt, folder, figure, name, caption))
     return pictures

@@ -15,8 +15,8 @@ from xalign.data import toyworld
 from xalign.data.collate import EncodedRanked, RankedBatch, collate_ranked
 from xalign.data.records import PreferencePair
 from xalign.disk import write_atomically
-from xalign.evaluation.intervals import wilson
-from xalign.evaluation.metrics import Estimate, accuracies, each_batch, estimate
+from xalign.evaluation.intervals import Estimate, by_prompt, estimate, wilson
+from xalign.evaluation.metrics import accuracies, each_batch
 from xalign.evaluation.report import SHOWN, plot_lines, prose, pyplot, save_figure
 from xalign.objectives import Reward
 from xalign.runs import METRICS, read_jsonl, strict
@@ -119,7 +119,7 @@ def judge(objective: Reward, pairs: Sequence[PreferencePair], rows: Sequence[Enc
     table: dict[str, str] = {}
 
     def add(name: str, key: str, values: Sequence[float]) -> Estimate:
-        found = estimate(*_by_prompt([str(pair.prompt) for pair in kept], values))
+        found = estimate(*by_prompt([str(pair.prompt) for pair in kept], values))
         numbers.update({key: found.value, f"{key}_interval": [found.low, found.high]})
         table[name] = str(found)
         return found
@@ -151,14 +151,6 @@ def judge(objective: Reward, pairs: Sequence[PreferencePair], rows: Sequence[Enc
                   "accuracy of the gold reward on these labels": f"{numbers['accuracy_gold']:.3f}",
                   "rank correlation with the gold reward": f"{numbers['spearman_gold']:.3f}"}
     return Judged(numbers, table, chosen, rejected, bins)
-
-
-def _by_prompt(prompts: Sequence[str], values: Sequence[float]) -> tuple[list[float], list[float]]:
-    """Sums and counts of values by prompt."""
-    sums: dict[str, list[float]] = {}
-    for prompt, value in zip(prompts, values, strict=True):
-        sums.setdefault(prompt, []).append(value)
-    return [sum(v) for v in sums.values()], [float(len(v)) for v in sums.values()]
 
 
 # -- the report -----------------------------------------------------------------------------------------------------
