@@ -273,7 +273,12 @@ def improve_policy(circle: Circle, number: int) -> None:
         with contextlib.redirect_stdout(sys.stderr):
             run_dpo(config) if isinstance(config, DPOConfig) else run_sft(config)
         os.replace(trained / "policy", folder / "policy")
-    for name in ("reference", *(p.name for p in trained.glob("checkpoint-*"))):  # a copy, and what only a restart needs
+    tidy(trained)
+
+
+def tidy(trained: Path) -> None:
+    """Remove from a training's folder the copy of what it began with, and what only a restart needs."""
+    for name in ("reference", *(p.name for p in trained.glob("checkpoint-*"))):
         shutil.rmtree(trained / name, ignore_errors=True)
 
 
