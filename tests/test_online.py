@@ -1,4 +1,4 @@
-"""`xalign online`: pairing rules, the files between stages, what is refused, post-processors; killed anywhere it ends the same."""
+"""`xalign online`: pairing rules, files between stages, mistakes, post-processors; killed anywhere it ends the same."""
 
 import itertools
 import json
@@ -118,7 +118,8 @@ def test_the_workflow_s_defaults():
 
 SETTINGS = {"rounds": 2, "n": 4, "max_new_tokens": 6, "unfinished": "keep", "max_length": 80, "eval_prompts": 6,
             "eval_samples": 2, "beta": 0.1, "learning_rate": 3e-3, "batch_size": 4, "gradient_accumulation_steps": 1,
-            "num_train_epochs": 3.0, "warmup_steps": 1, "logging_steps": 2, "eval_steps": 0, "save_steps": 2, "seed": 3, "device": "cpu"}
+            "num_train_epochs": 3.0,
+            "warmup_steps": 1, "logging_steps": 2, "eval_steps": 0, "save_steps": 2, "seed": 3, "device": "cpu"}
 
 
 @pytest.fixture(scope="module")
