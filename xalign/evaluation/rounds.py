@@ -185,10 +185,10 @@ def draw(folder: Path, lines: Sequence[Record], best: Sequence[Record]) -> list[
         axes[0, 0].set(title="what is optimised, and what is meant", xlabel="round")
         axes[0, 1].set(title="the same against the way gone", xlabel="√KL to round 0, √nats")
         points(axes[1, 0], lines, steps, "tokens", color="tab:green", marker="o", label="tokens a sample")
-        axes[1, 0].set(title="length", xlabel="round")
+        axes[1, 0].set(title="length", xlabel="round", ylim=(0, None))
         for name, label in (("well_formed", "well-formed"), ("consistent", "consistent"), ("finished", "ends")):
             points(axes[1, 1], lines, steps, name, label=label, marker="o")
-        axes[1, 1].plot(steps, [line["distinct"] for line in lines], label="distinct", marker="o", ls="--")
+        axes[1, 1].plot(steps, [line["distinct"] for line in lines], label="distinct", marker="x", ls="--")
         axes[1, 1].set(title="shares of the samples", xlabel="round")
         low = min(min(line.get(k, 1.0) for k in ("well_formed", "consistent", "finished", "distinct")) for line in lines)
         axes[1, 1].set_ylim(max(0.0, low - 0.1), 1.02)
