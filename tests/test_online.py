@@ -268,10 +268,7 @@ def test_imitation_of_the_best_and_of_all_by_their_reward(toy, tmp_path, post_pr
 
 
 def without_a_loss(toy: Path, run: Path, post_processor: str) -> None:
-    settings = {k: v for k, v in json.loads((toy / "tiny.json").read_text()).items() if k != "beta"}
-    (toy / "imitation.json").write_text(json.dumps(settings))
-    main(["online", "--config", str(toy / "imitation.json"), "--output-dir", str(run), "--post-processor", post_processor,
-          "--rounds", "1", "--prompts-per-round", "4"])
+    online(toy, run, "--post-processor", post_processor, "--rounds", 1, "--prompts-per-round", 4)
 
 
 def test_best_of_n_trains_nothing(toy, tmp_path, capsys):
@@ -303,7 +300,7 @@ def test_conversations_and_another_engine_s_text(toy, tmp_path):
     (["--ref-model", "x", "--reference", "moving"], "--ref-model is x and --reference moving, allowed is one of them"),
     (["--reference", "moving", "--no-warm-start"], "reference is moving without warm_start"),
     (["--len-penalty", 0.1], "pairing is max_min and len_penalty is 0.1"),
-    (["--post-processor", "rs"], "--beta goes with --post-processor dpo, it is rs"),
+    (["--post-processor", "rs", "--loss-type", "ipo"], "--loss-type goes with --post-processor dpo, it is rs"),
     (["--csft-template", "{reward}"], "csft_template is '{reward}'"),
     (["--system", "x"], "--system goes with --chat"),
     (["--backend", "openai"], "invalid choice 'openai'"),

@@ -117,7 +117,8 @@ def settled(config: OnlineConfig) -> OnlineConfig:
         raise ConfigError(f"--temperature is 0 and -n {draw.n}: all completions would be the same, allowed is more than 0")
     if draw.n < 2 and improve.post_processor == "dpo":
         raise ConfigError(f"-n is {draw.n}, allowed is at least 2: a pair is made of two completions")
-    given = [f.name for f in dataclasses.fields(config.loss) if getattr(config.loss, f.name) != f.default]
+    # but for beta, which a file of settings for all has
+    given = [f.name for f in dataclasses.fields(config.loss) if getattr(config.loss, f.name) != f.default and f.name != "beta"]
     if given and improve.post_processor != "dpo":
         raise ConfigError(f"--{given[0].replace('_', '-')} goes with --post-processor dpo, it is {improve.post_processor}")
     if improve.post_processor == "best_of_n":
