@@ -212,7 +212,7 @@ def test_each_stage_leaves_its_file_and_the_reward_rises(toy, finished):
     assert lines[0]["reward"] < lines[1]["reward"] < lines[2]["reward"]
     assert all(-8 <= line["gold"] <= 5 and 0 <= line["well_formed"] <= 1 for line in lines)
     report = (finished / "report.md").read_text()
-    assert "| reward (learnt) |" in report and "## Best of N" in report and "![" in report
+    assert "| reward |" in report and "## Best of N" in report and "![" in report
     last = (finished / "round-2/policy/model.safetensors").read_bytes()
     assert (finished / "policy/model.safetensors").read_bytes() == last != (toy / "policy/model.safetensors").read_bytes()
 
@@ -221,7 +221,7 @@ def test_a_finished_run_says_so_goes_on_with_more_rounds_and_refuses_other_setti
     flags = remote(server)
     online(toy, finished, *flags)
     told = capsys.readouterr()
-    assert "is finished" in told.err and "| reward (learnt) |" in told.out
+    assert "is finished" in told.err and "| reward |" in told.out
     before = (finished / "round-2/policy/model.safetensors").read_bytes()
     with pytest.raises(SystemExit, match="2"):
         online(toy, finished, *flags, "--beta", 0.2)

@@ -15,6 +15,7 @@ A restart goes on at the stage that was cut, and in a stage at its last chunk, c
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -218,6 +219,7 @@ def tell(circle: Circle) -> str:
                 line["learnt"] = sum(1 for _ in raw_records(folder / name))
         lines.append(line)
     write_atomically(circle.path / METRICS, "".join(json.dumps(line) + "\n" for line in lines))
-    best = best_of_rows(list(records(circle.folder(1) / SCORES)), circle.scorer(circle.gold) if circle.gold else None)
+    some = list(itertools.islice(records(circle.folder(1) / SCORES), 2000))
+    best = best_of_rows(some, circle.scorer(circle.gold) if circle.gold else None)
     samples = [list(records(circle.folder(line["step"]) / SAMPLES)) for line in lines if "kl" in line]
     return write_rounds(circle.path, lines, best, samples[0], samples[-1] if len(samples) > 1 else [], flatten(circle.config))

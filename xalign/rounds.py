@@ -110,9 +110,9 @@ def drawn(circle: Circle, policy: int, prompts: Sequence[Text], n: int, kind: st
     seeds = [row_seed(f"{config.training.seed}:{kind}:{row}") for row in range(len(prompts))]
     starts = [at for at in range(0, len(prompts), CHUNK) if journal.missing[at : at + CHUNK].any()]
     if starts:
-        spec: Record = {"backend": config.draw.backend, "model": circle.policy(policy), "dtype": config.run.dtype}
-        if config.draw.backend != "vllm":
-            spec |= {"batch_size": config.draw.sample_batch_size, "device": config.run.device}
+        spec: Record = {"backend": config.draw.backend, "model": circle.policy(policy)}
+        if config.draw.backend != "vllm":  # which knows best, and has 16 bits for weights of 32
+            spec |= {"batch_size": config.draw.sample_batch_size, "device": config.run.device, "dtype": config.run.dtype}
         backend = backends.open({k: v for k, v in spec.items() if v is not None})
         params, done = dataclasses.replace(config.draw.params(), n=n), len(prompts) - int(journal.missing.sum())
         try:
@@ -280,6 +280,7 @@ def tidy(trained: Path) -> None:
     """Remove from a training's folder the copy of what it began with, and what only a restart needs."""
     for name in ("reference", *(p.name for p in trained.glob("checkpoint-*"))):
         shutil.rmtree(trained / name, ignore_errors=True)
+    (trained / "latest").unlink(missing_ok=True)
 
 
 # -- measure --------------------------------------------------------------------------------------------------------

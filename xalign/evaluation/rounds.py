@@ -19,7 +19,7 @@ from xalign.watch import warn
 
 Record = dict[str, Any]
 GOLD_NAMES = ("gold", "well_formed", "consistent")
-ROWS = (("reward", "reward (learnt)"), ("gold", "gold"), ("gold_gain", "gold, gain over the round before"),
+ROWS = (("reward", "reward"), ("gold", "gold"), ("gold_gain", "gold, gain over the round before"),
         ("reward_win_rate", "win rate against round 0, by reward"), ("gold_win_rate", "win rate against round 0, by gold"),
         ("kl", "KL to round 0, nats a sequence"), ("tokens", "tokens a sample"), ("finished", "samples that end"),
         ("well_formed", "well-formed"), ("consistent", "consistent"))
@@ -124,7 +124,7 @@ def write_rounds(folder: Path, lines: Sequence[Record], best: Sequence[Record], 
         rows = [f"| {b['n']} | {b['kl']:.2f} | {_cell(b, 'reward')} | {_cell(b, 'gold') or ' '} |" for b in best]
         parts += ["## Best of N", "Choosing by reward among N completions of round 0, over the prompts of round 1: no "
                   "training, N times the cost of an answer. The KL is ln N - (N-1)/N.",
-                  "\n".join(["| N | KL, nats | reward (learnt) | gold |", "|---|---|---|---|", *rows])]
+                  "\n".join(["| N | KL, nats | reward | gold |", "|---|---|---|---|", *rows])]
     parts += ["## Pictures", *(f"![{text}]({name})\n\n*{text}*" for name, text in draw(folder, measured, best))]
     if last:
         parts += ["## Samples", f"First sample of round 0 and of round {about['step']}."]
@@ -176,16 +176,16 @@ def draw(folder: Path, lines: Sequence[Record], best: Sequence[Record]) -> list[
     if len(lines) > 1:
         steps = [float(line["step"]) for line in lines]
         figure, axes = plt.subplots(2, 2, figsize=(10.5, 7.2))
-        for name, label in (("reward", "reward (learnt)"), ("gold", "gold")):
-            points(axes[0, 0], lines, steps, name, label=label, color=colours[name], marker="o")
-            points(axes[0, 1], lines, [math.sqrt(max(0.0, line["kl"])) for line in lines], name, label=label,
+        for name in colours:
+            points(axes[0, 0], lines, steps, name, label=name, color=colours[name], marker="o")
+            points(axes[0, 1], lines, [math.sqrt(max(0.0, line["kl"])) for line in lines], name, label=name,
                    color=colours[name], marker="o")
-            points(axes[0, 1], best, [math.sqrt(b["kl"]) for b in best], name, label=f"{label}, best of N", color=colours[name],
+            points(axes[0, 1], best, [math.sqrt(b["kl"]) for b in best], name, label=f"{name}, best of N", color=colours[name],
                    marker="x", ls=":", alpha=0.7)
         axes[0, 0].set(title="what is optimised, and what is meant", xlabel="round")
         axes[0, 1].set(title="the same against the way gone", xlabel="√KL to round 0, √nats")
         points(axes[1, 0], lines, steps, "tokens", color="tab:green", marker="o", label="tokens a sample")
-        axes[1, 0].set(title="length", xlabel="round", ylim=(0, None))
+        axes[1, 0].set(title="length", xlabel="round", ylim=(0, 1.15 * max(line["tokens_interval"][1] for line in lines)))
         for name, label in (("well_formed", "well-formed"), ("consistent", "consistent"), ("finished", "ends")):
             points(axes[1, 1], lines, steps, name, label=label, marker="o")
         axes[1, 1].plot(steps, [line["distinct"] for line in lines], label="distinct", marker="x", ls="--")
@@ -202,8 +202,8 @@ def draw(folder: Path, lines: Sequence[Record], best: Sequence[Record]) -> list[
                                     "over-optimisation."))
     elif best:
         figure, axis = plt.subplots(figsize=(6.5, 4.2))
-        for name, label in (("reward", "reward (learnt)"), ("gold", "gold")):
-            points(axis, best, [b["kl"] for b in best], name, label=label, color=colours[name], marker="o")
+        for name in colours:
+            points(axis, best, [b["kl"] for b in best], name, label=name, color=colours[name], marker="o")
         for b in best:
             axis.annotate(f"N = {b['n']}", (b["kl"], b["reward"]), xytext=(4, -12), textcoords="offset points", fontsize=8)
         axis.set(title="best of N by reward", xlabel="KL, nats: ln N - (N-1)/N")
