@@ -20,6 +20,9 @@ from conftest import LLAMA, tiny
 from hypothesis import given
 from hypothesis import strategies as st
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+from demo_losses import ROOT, make_reference
+
 from xalign import RewardModel, load_pretrained, rounds, save_pretrained
 from xalign.cli import main
 from xalign.data.records import Message
@@ -29,8 +32,6 @@ from xalign.flags import parse
 from xalign.online_config import OnlineConfig
 from xalign.pairing import RULES, best_of, best_of_kl, pair, usable
 from xalign.watch import TIMED
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def read(path: Path) -> list[dict]:
@@ -331,6 +332,18 @@ def test_another_model_under_the_same_name_is_refused(toy, tmp_path, chat_tokeni
             online(toy, tmp_path / "run", "--model", tmp_path / "policy")
         told = capsys.readouterr().err.splitlines()[-1]
         assert "was made with model_sha256 = " in told if seed else "far enough" in told
+
+
+@pytest.mark.slow
+def test_gold_rises_in_each_round_on_the_toy_world(tmp_path):
+    """docs/online.md in small: half an epoch of imitation, then two rounds of 64 prompts by the gold reward itself."""
+    reference = make_reference(tmp_path / "made", sft_epochs=0.5)
+    main(["online", "--config", str(ROOT / "data/online.json"), "--model", str(reference), "--reward-model", "gold",
+          "--output-dir", str(tmp_path / "run"), "--rounds", "2", "--prompts-per-round", "64", "--n", "6", "--eval-prompts",
+          "60", "--eval-samples", "2", "--learning-rate", "6e-4", "--num-train-epochs", "3"])
+    lines = read(tmp_path / "run/metrics.jsonl")
+    assert all(line["gold_gain_interval"][0] > 0 for line in lines[1:]), lines
+    assert lines[-1]["well_formed"] > lines[0]["well_formed"] - 0.1, lines
 
 
 # -- kill -9 --------------------------------------------------------------------------------------------------------
