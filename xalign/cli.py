@@ -147,6 +147,17 @@ def _evaluate(arguments: Sequence[str], program: str) -> None:
         run_evaluate(config)
 
 
+def _online(arguments: Sequence[str], program: str) -> None:
+    from xalign.flags import parse
+    from xalign.online_config import OnlineConfig
+
+    config = parse(OnlineConfig, arguments, program, SHORT)
+    with _kept("finished stages, completions and checkpoints are kept, the same command goes on"):
+        from xalign.online import run_online
+
+        run_online(config)
+
+
 def _file_as_flag(arguments: Sequence[str]) -> list[str]:
     """The file needs no flag: it is what is neither a flag, nor a flag's value. Raises `ConfigError` for several."""
     from xalign.data.shapes import NAMES
@@ -189,6 +200,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str], str], None], str]] = {
     "collect": (_collect, "draw completions from a pool of models, for preference data"),
     "annotate": (_annotate, "judge completions: reward model, known reward, or a language model"),
     "binarize": (_binarize, "make preference pairs of annotated completions"),
+    "online": (_online, "improve a policy in rounds: draw, score, pair, train (online DPO)"),
     "data inspect": (_inspect, "show what a file of records holds and what training would make of it"),
 }
 

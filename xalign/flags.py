@@ -23,7 +23,7 @@ COUNT = 2**31 - 1  # no count is larger: larger ones overflow in torch or in a f
 # the least and the largest value of a setting; those of the loss and of the draws are told by their own modules
 LIMITS: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("batch_size", "sft_batch_size", "gradient_accumulation_steps", "eval_prompts", "limit",
-                    "micro_batch_tokens"), (1, COUNT)),
+                    "micro_batch_tokens", "prompts_per_round", "sample_batch_size"), (1, COUNT)),
     **dict.fromkeys(("eval_samples", "eval_max_new_tokens", "n", "top_k", "beams"), (1, 10**6)),
     **dict.fromkeys(("dim", "heads", "kv_heads"), (1, 2**20)), "depth": (1, 10_000), "vocab_size": (1, 2**24),
     **dict.fromkeys(("learning_rate", "sft_learning_rate"), (1e-12, 1e12)),
@@ -33,6 +33,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("weight_decay", "max_grad_norm"), (0, 1e12)),
     **dict.fromkeys(("adam_beta1", "adam_beta2"), (0, math.nextafter(1, 0))), "adam_epsilon": (1e-20, 1),
     "center_rewards_coefficient": (0, 1e6), "dataset_weights": (0, 1000), "seed": (0, 2**63 - 1),
+    "rounds": (1, 1000), "len_penalty": (0, 1e6), "csft_reward": (-1e6, 1e6),
     "concurrency": (1, 10_000), "reask": (0, 100), "min_margin": (0, 1e12),
     "max_length": (2, COUNT), "max_seq_len": (2, COUNT), "max_steps": (-1, COUNT),
     **dict.fromkeys(("dropout", "lora_dropout"), (0, 0.999)), "lora_r": (1, 2**16), "lora_alpha": (1e-6, 1e6),
