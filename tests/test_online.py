@@ -357,7 +357,7 @@ import xalign.online
 from xalign.cli import main
 torch.set_num_threads(1)
 sys.modules["matplotlib"] = None  # no pictures and short bootstraps: they would take most of the time
-xalign.evaluation.metrics.RESAMPLES = 50
+xalign.evaluation.intervals.RESAMPLES = 50
 xalign.rounds.CHUNK = xalign.score.CHUNK = 5
 def arm(module, name, count, when):
     owner = importlib.import_module(module)

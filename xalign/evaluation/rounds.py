@@ -11,7 +11,7 @@ import numpy as np
 from xalign.data import toyworld
 from xalign.data.replies import as_text
 from xalign.disk import write_atomically
-from xalign.evaluation.metrics import Estimate, estimate, wins
+from xalign.evaluation.intervals import Estimate, estimate, wins
 from xalign.evaluation.report import SHOWN, prose, pyplot, save_figure
 from xalign.pairing import best_of, best_of_kl
 from xalign.scoring import Scorer
