@@ -40,7 +40,7 @@ FLOORS = [
     "nn.autoregressive",
     "nn.reward nn.quantize",
     "nn.lora",
-    "dpo",
+    "dpo exact",
     "families",
     "hf",
     "weights",
@@ -57,7 +57,7 @@ FLOORS = [
     "evaluation.compare",
     "evaluation.report evaluation.judge evaluation.rewardbench",
     "evaluation.rewards",
-    "config score_config",
+    "config score_config grids",
     "flags",
     "display",
     "inspection",
@@ -78,6 +78,9 @@ FLOORS = [
     "memory",
     "rehearsal",
     "train",
+    "trials",
+    "ablation_report",
+    "ablate",
     "train_reward",
     "complete",
     "serve",
@@ -153,7 +156,7 @@ def test_every_public_name_is_there():
 @pytest.mark.parametrize("arguments", ["dpo --help", "sft --help", "generate --help", "--help", "--version", "nonsense",
                                        "dpo --bata 1", "dpo --print-config", "data inspect --help", "score --help",
                                        "rewardbench --help", "reward --help", "collect --help", "annotate --help",
-                                       "binarize --help"])
+                                       "binarize --help", "ablate --help", "ablate --grid nonsense"])
 def test_help_and_mistakes_load_nothing_heavy(arguments):
     code = ("import sys\nfrom xalign.cli import main\ntry: main(sys.argv[1:])\nexcept SystemExit: pass\n"
             f"loaded = [m for m in {HEAVY} if m in sys.modules]\nassert not loaded, loaded")

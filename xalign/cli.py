@@ -128,6 +128,17 @@ def _rewardbench(arguments: Sequence[str], program: str) -> None:
         run_rewardbench(config)
 
 
+def _ablate(arguments: Sequence[str], program: str) -> None:
+    from xalign.flags import parse
+    from xalign.grids import AblateConfig
+
+    config = parse(AblateConfig, arguments, program)
+    with _kept("finished runs are kept, the same command goes on"):
+        from xalign.ablate import run_ablate
+
+        run_ablate(config)
+
+
 def _file_as_flag(arguments: Sequence[str]) -> list[str]:
     """The file needs no flag: it is what is neither a flag, nor a flag's value. Raises `ConfigError` for several."""
     from xalign.data.shapes import NAMES
@@ -168,6 +179,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str], str], None], str]] = {
     "collect": (_collect, "draw completions from a pool of models, for preference data"),
     "annotate": (_annotate, "judge completions: reward model, known reward, or a language model"),
     "binarize": (_binarize, "make preference pairs of annotated completions"),
+    "ablate": (_ablate, "train a grid of ablations in a world whose best is known, with intervals over seeds"),
     "data inspect": (_inspect, "show what a file of records holds and what training would make of it"),
 }
 

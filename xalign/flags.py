@@ -36,7 +36,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     "concurrency": (1, 10_000), "reask": (0, 100), "min_margin": (0, 1e12),
     "max_length": (2, COUNT), "max_seq_len": (2, COUNT), "max_steps": (-1, COUNT),
     **dict.fromkeys(("dropout", "lora_dropout"), (0, 0.999)), "lora_r": (1, 2**16), "lora_alpha": (1e-6, 1e6),
-    "port": (0, 65535), "queue_size": (1, COUNT), "max_bytes": (1, COUNT), "body_seconds": (1e-3, 1e6),
+    "jobs": (1, 1024), "port": (0, 65535), "queue_size": (1, COUNT), "max_bytes": (1, COUNT), "body_seconds": (1e-3, 1e6),
 }
 
 
