@@ -120,8 +120,8 @@ def checks(rows: Sequence[Row], known: Frontier) -> list[tuple[str, bool]]:
         if row.run.method in ("sft", "unlikelihood"):
             there = at_kl(plain, known.start, row.mean("kl"))
             name = " ".join(filter(None, (row.run.label, row.run.setting)))
-            found.append((f"DPO is above {name} at its KL of {row.mean('kl'):.3f}: {there:.3f} against {row.mean('reward'):.3f}",
-                          there > row.mean("reward")))
+            budget, reward = row.mean("kl"), row.mean("reward")
+            found.append((f"DPO is above {name} at its KL of {budget:.3f}: {there:.3f} against {reward:.3f}", there > reward))
         elif row.run.method == "best_of" and row.run.n == 16:
             off = abs(row.mean("kl") / row.mean("optimum_kl") - 1)
             found.append((f"the KL of the best of 16 is ln 16 - 15/16: off by {off:.2%}", off < 0.01))
@@ -222,9 +222,10 @@ def write_report(folder: Path, grid: str, records: Sequence[tuple[Run, Mapping[s
               "reference": reference, "revisions": revisions, "versions": versions,
               "rows": [_as_json(row) for row in rows], "checks": [{"text": t, "passed": p} for t, p in checked]}
     write_atomically(folder / "results.json", json.dumps(result, indent=2, ensure_ascii=False) + "\n")
-    notes = "Means over seeds ± half of the 95 % t-interval." + (
-        f" The reference's reward is {known.start:.3f}. Reward and KL are exact, of all 15,625 texts; the efficiency is the gain "
-        "of reward over the best one at the same KL; the optimum is where the loss ends with pairs without end." if known else "")
+    notes = "Means over seeds ± half of the 95 % t-interval."
+    if known:
+        notes += (f" The reference's reward is {known.start:.3f}. Reward and KL are exact, of all 15,625 texts; the efficiency "
+                  "is the gain of reward over the best at the same KL; the optimum is where the loss ends with pairs without end.")
     parts = [f"# Ablation: {grid}", notes, shown, *(f"![{text}]({name})\n\n*{text}*" for name, text in pictures),
              f"{done} runs, {seconds:.0f} seconds of one thread; revision {', '.join(revisions)}; "
              + "; ".join(", ".join(f"{k} {v}" for k, v in some.items()) for some in versions)
