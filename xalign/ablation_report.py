@@ -224,8 +224,8 @@ def write_report(folder: Path, grid: str, records: Sequence[tuple[Run, Mapping[s
     write_atomically(folder / "results.json", json.dumps(result, indent=2, ensure_ascii=False) + "\n")
     notes = "Means over seeds ± half of the 95 % t-interval."
     if known:
-        notes += (f" The reference's reward is {known.start:.3f}. Reward and KL are exact, of all 15,625 texts; the efficiency "
-                  "is the gain of reward over the best at the same KL; the optimum is where the loss ends with pairs without end.")
+        notes += (f" The reference's reward is {known.start:.3f}. Reward and KL are exact, of all 15,625 texts; efficiency is "
+                  "the gain of reward over the best at the same KL; the optimum is where the loss ends with pairs without end.")
     parts = [f"# Ablation: {grid}", notes, shown, *(f"![{text}]({name})\n\n*{text}*" for name, text in pictures),
              f"{done} runs, {seconds:.0f} seconds of one thread; revision {', '.join(revisions)}; "
              + "; ".join(", ".join(f"{k} {v}" for k, v in some.items()) for some in versions)
