@@ -161,7 +161,7 @@ def each(runs: Sequence[Run], folder: Path, about: dict[str, Any], jobs: int) ->
                 yield futures[future], future.result()
         except BaseException as error:
             for child in multiprocessing.active_children():
-                child.terminate()
+                child.kill()  # a run that is cut off is made again, or goes on from its checkpoint
             pool.shutdown(wait=False, cancel_futures=True)
             if isinstance(error, BrokenProcessPool):
                 raise ProcessLost("a process of the grid was killed (is memory short?); the same command goes on") from None

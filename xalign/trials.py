@@ -89,15 +89,23 @@ def run_exact(run: ExactRun, folder: Path, path: Path) -> dict[str, Any]:
     else:
         policy = train_exact(run, world, reference, known, path)
         logps = world.logps(policy)
-        trajectory = [(line["step"], line["reward"], line["kl"]) for line in read_jsonl(path / METRICS) if "kl" in line]
+        trajectory = [(line["step"], line["eval/reward"], line["eval/kl"]) for line in read_jsonl(path / METRICS)
+                      if "eval/kl" in line]
     reward, drift = known.point(logps)
     figures = {"reward": reward, "kl": drift, "efficiency": known.efficiency(reward, drift), "trajectory": trajectory}
-    best = known.optimum(run.method, run.beta, run.alpha) if run.labels == "bradley-terry" and not run.noise else None
-    if best is not None:
+    if (best := optimum(run, known)) is not None:
         figures["optimum_reward"], figures["optimum_kl"] = known.point(best)
     if run.method == "best_of":
         figures["optimum_kl"] = best_of_kl(run.n)
     return figures
+
+
+def optimum(run: ExactRun, known: Frontier) -> Tensor | None:
+    """Where the run's loss ends with pairs without end; None where that is not known."""
+    if run.method == "robust" and run.noise == run.label_smoothing:  # its mean over flipped labels is DPO's loss
+        return known.optimum("sigmoid", run.beta)
+    plain = run.labels == "bradley-terry" and not run.noise and not run.label_smoothing
+    return known.optimum(run.method, run.beta, run.alpha) if plain else None
 
 
 def train_exact(run: ExactRun, world: World, reference: TransformerWrapper, known: Frontier, path: Path) -> TransformerWrapper:
@@ -136,7 +144,7 @@ def train_exact(run: ExactRun, world: World, reference: TransformerWrapper, know
 
     def evaluate(step: int) -> dict[str, float]:
         reward, drift = known.point(world.logps(policy))
-        return {"reward": reward, "kl": drift}
+        return {"eval/reward": reward, "eval/kl": drift}
 
     options = LoopOptions(learning_rate=run.learning_rate, warmup_steps=run.warmup_steps, seed=run.seed,
                           eval_steps=max(1, run.steps // run.evaluations), **LOOP)
