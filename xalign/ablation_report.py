@@ -123,8 +123,8 @@ def checks(rows: Sequence[Row], known: Frontier) -> list[tuple[str, bool]]:
             budget, reward = row.mean("kl"), row.mean("reward")
             found.append((f"DPO is above {name} at its KL of {budget:.3f}: {there:.3f} against {reward:.3f}", there > reward))
         elif row.run.method == "best_of" and row.run.n == 16:
-            off = abs(row.mean("kl") / row.mean("optimum_kl") - 1)
-            found.append((f"the KL of the best of 16 is ln 16 - 15/16: off by {off:.2%}", off < 0.01))
+            error = abs(row.mean("kl") / row.mean("optimum_kl") - 1)
+            found.append((f"the KL of the best of 16 is ln 16 - 15/16: off by {error:.2%}", error < 0.01))
     return found
 
 

@@ -144,16 +144,15 @@ class Frontier:
 
 def draw_pairs(logps: Tensor, reward: Tensor, groups: int, samples: int, seed: int, labels: str = "bradley-terry",
                noise: float = 0.0, sharpness: float = SHARPNESS) -> tuple[Tensor, Tensor]:
-    """Chosen and rejected texts (pairs,), by index: of each of `groups` times `samples` draws all pairs that differ.
+    """Chosen and rejected texts, by index, (pairs,): all pairs of `samples` draws, group after group.
 
     Labels "bradley-terry" prefer y to y' with chance sigmoid(sharpness (r(y) - r(y'))), "deterministic" the larger reward; with
-    chance `noise` a label is then flipped.
+    chance `noise` a label is then flipped. A text may be drawn twice in a group; such a pair says nothing.
     """
     draw = torch.Generator().manual_seed(seed)
     texts = torch.multinomial(logps.exp(), groups * samples, replacement=True, generator=draw).view(groups, samples)
     first, second = torch.triu_indices(samples, samples, 1)
     a, b = texts[:, first].flatten(), texts[:, second].flatten()
-    a, b = a[a != b], b[a != b]
     gap = reward[a] - reward[b]
     chance = torch.sigmoid(sharpness * gap) if labels == "bradley-terry" else (gap > 0).double()
     chance = chance * (1 - noise) + (1 - chance) * noise

@@ -5,6 +5,7 @@ import json
 import random
 import shutil
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -25,16 +26,17 @@ from xalign.config import (
     TrainingOptions,
 )
 from xalign.data import toyworld
-from xalign.data.collate import ExampleBatch, LabelledBatch, PairBatch, Schedule
+from xalign.data.collate import ExampleBatch, Schedule
 from xalign.data.sources import iter_pairs
 from xalign.disk import write_atomically
 from xalign.dpo import DPO
 from xalign.errors import ConfigError
 from xalign.evaluation.metrics import sample
-from xalign.exact import Frontier, World, best_of, best_of_kl, draw_pairs
+from xalign.exact import LENGTH, Frontier, World, best_of, best_of_kl, draw_pairs
 from xalign.grids import ExactRun, Run, TextRun, load
+from xalign.logprobs import sequence_logprobs
 from xalign.nn.transformer import TransformerWrapper
-from xalign.objectives import KTO, SFT, Preference
+from xalign.objectives import SFT, as_they_are
 from xalign.prepare import EMBEDDED
 from xalign.runs import METRICS, RunFolder, read_json, read_jsonl
 from xalign.stages import load_model, scratch_model
@@ -43,18 +45,15 @@ from xalign.training import LoopOptions, train
 
 # -- the exact world ------------------------------------------------------------------------------------------------
 
-LOOP = {"weight_decay": 0.0, "logging_steps": 100, "save_steps": 0}
-
-
 def make_reference(folder: Path) -> None:
     """A tiny transformer that imitates the exact world's corpus a little, in <folder>/reference."""
     world = World()
-    model = scratch_model(ModelOptions(dim=32, depth=2, heads=4, max_seq_len=8), 5, seed=0)
+    model = scratch_model(ModelOptions(dim=32, depth=2, heads=2, max_seq_len=8), 5, seed=0)
     draw = torch.Generator().manual_seed(0)
     texts = world.texts[torch.multinomial(world.corpus().exp(), 300 * 256, replacement=True, generator=draw)].view(300, 256, -1)
     scored = torch.ones_like(texts[0], dtype=torch.bool)
     scored[:, 0] = False
-    options = LoopOptions(learning_rate=3e-3, warmup_steps=20, **LOOP)
+    options = LoopOptions(learning_rate=3e-3, warmup_steps=20, logging_steps=100)
     run = RunFolder(folder / "reference-training")
     run.path.mkdir(parents=True, exist_ok=True)
 
@@ -108,47 +107,87 @@ def optimum(run: ExactRun, known: Frontier) -> Tensor | None:
     return known.optimum(run.method, run.beta, run.alpha) if plain else None
 
 
+@dataclass(frozen=True)
+class Comparisons:
+    """Pairs of enumerated texts: `texts` (u, 7), each once, the reference's `ref` (u,), and which are compared, (p,)."""
+
+    texts: Tensor
+    ref: Tensor
+    chosen: Tensor
+    rejected: Tensor
+
+    def to(self, device: torch.device) -> "Comparisons":
+        return self
+
+
+class Compared:
+    """The loss of a `DPO` module where a text is in several pairs of a batch: it runs once, a third of the work here.
+
+    For kto both texts of a pair count, and as mismatched ones, since there is but one prompt, those of all pairs.
+    """
+
+    told = staticmethod(as_they_are)
+
+    def __init__(self, dpo: DPO):
+        self.dpo = dpo
+
+    def weight(self, batch: Comparisons) -> int:
+        return len(batch.chosen)
+
+    def tokens(self, batch: Comparisons) -> int:
+        return LENGTH * len(batch.chosen)
+
+    def lengths(self, batch: Comparisons) -> list[list[int]]:
+        return [[1, LENGTH]] * len(batch.texts)
+
+    def __call__(self, batch: Comparisons, tokens: float | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        scored = torch.arange(batch.texts.shape[1]).expand_as(batch.texts) > 0
+        logps = sequence_logprobs(self.dpo.policy_model, batch.texts, scored)
+        if self.dpo.labelled:
+            both = torch.cat((batch.chosen, batch.rejected))
+            policy, ref, labels = logps[both], batch.ref[both], torch.arange(len(both)) < len(batch.chosen)
+            return self.dpo.text_losses(policy, ref, labels, (policy - ref).detach().mean().clamp(min=0)).mean(), {}
+        length = torch.full((len(batch.chosen),), float(LENGTH))
+        sides = (logps[batch.chosen], logps[batch.rejected], batch.ref[batch.chosen], batch.ref[batch.rejected])
+        return self.dpo.pair_losses(*sides, length, length, tokens).mean(), {}
+
+
 def train_exact(run: ExactRun, world: World, reference: TransformerWrapper, known: Frontier, path: Path) -> TransformerWrapper:
     """The policy after `run.steps` steps on labelled draws of the reference, or, round by round, of itself.
 
-    A step has `batch_size` pairs; for kto, which takes texts and not pairs, both texts of each.
+    A step has some whole groups of draws, whose pairs are `batch_size` together, but for those of equal texts.
     """
     if run.steps % run.rounds:
         raise ConfigError(f"steps is {run.steps} for {run.rounds} rounds, allowed is a multiple")
-    torch.manual_seed(run.seed)
     policy = copy.deepcopy(reference).requires_grad_(True)
     loss: Any = unlikelihood if run.method == "unlikelihood" else run.method
     loss = load(run.method, "method") if ".py:" in run.method else loss
     own = {"gamma": run.gamma, "alpha": run.alpha if run.method == "unlikelihood" else None}
     dpo = DPO(policy, beta=run.beta, ref_model=reference, loss=loss, label_smoothing=run.label_smoothing, loss_options=own)
-    objective: Preference | KTO = KTO(dpo) if dpo.labelled else Preference(dpo)
     groups, per_round = max(1, round(run.draws * run.fraction / run.rounds)), run.steps // run.rounds
+    pairs = run.samples * (run.samples - 1) // 2  # of a group
     sides, order, now = torch.zeros(2, 0), Schedule([1], 1, 0), -1
 
-    def batches(step: int) -> list[PairBatch]:
+    def batches(step: int) -> list[Comparisons]:
         nonlocal sides, order, now
         if step // per_round != now:
             now = step // per_round
             source, seed = known.ref if now == 0 else world.logps(policy), 1000 * run.seed + now
-            sides = torch.stack(draw_pairs(source, world.reward, groups, run.samples, seed, run.labels, run.noise))
-            order = Schedule([1] * sides.shape[1], run.batch_size, seed, group_by_length=False)
-        first, second = sides[:, order.batch(step % per_round)]
-        labels = torch.arange(2 * len(first)) < len(first)
-        if dpo.labelled:  # a mismatched text is another row's: there is but one prompt
-            first = torch.cat((first, second))
-            second = first.roll(1)
-        objective.ref_logps = known.ref[first].float(), known.ref[second].float()
-        real, rows = torch.ones(len(first), world.texts.shape[1], dtype=torch.bool), torch.arange(len(first))
-        batch = PairBatch(world.texts[first], world.texts[second], real, real, real[:, :1], real[:, :1], rows)
-        return [LabelledBatch(**vars(batch), labels=labels) if dpo.labelled else batch]
+            drawn = draw_pairs(source, world.reward, groups, run.samples, seed, run.labels, run.noise)
+            sides = torch.stack(drawn).view(2, groups, pairs)
+            order = Schedule([1] * groups, max(1, round(run.batch_size / pairs)), seed, group_by_length=False)
+        chosen, rejected = sides[:, order.batch(step % per_round)].flatten(1)
+        differ = chosen != rejected
+        texts, at = torch.stack((chosen[differ], rejected[differ])).unique(return_inverse=True)
+        return [Comparisons(world.texts[texts], known.ref[texts].float(), at[0], at[1])]
 
     def evaluate(step: int) -> dict[str, float]:
         reward, drift = known.point(world.logps(policy))
         return {"eval/reward": reward, "eval/kl": drift}
 
     options = LoopOptions(learning_rate=run.learning_rate, warmup_steps=run.warmup_steps, seed=run.seed,
-                          eval_steps=max(1, run.steps // run.evaluations), **LOOP)
-    train(policy, objective, batches, run.steps, per_round, options, fresh(path), title=run.name, evaluate=evaluate)
+                          logging_steps=100, eval_steps=max(1, run.steps // run.evaluations))
+    train(policy, Compared(dpo), batches, run.steps, per_round, options, fresh(path), title=run.name, evaluate=evaluate)
     return policy
 
 
