@@ -119,8 +119,7 @@ class Frontier:
 
     def efficiency(self, reward: float, budget: float) -> float:
         """(reward - reference's) / (oracle's at the same KL - reference's); nan at a KL of 0."""
-        best = self.oracle(budget) - self.start
-        return (reward - self.start) / best if best > 1e-9 else math.nan
+        return (reward - self.start) / (self.oracle(budget) - self.start) if budget > 1e-9 else math.nan
 
     @cached_property
     def wins(self) -> Tensor:
