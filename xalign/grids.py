@@ -136,12 +136,13 @@ def exact() -> list[Run]:
     """Losses and baselines against the known optimum: Bradley-Terry labels, and DPO with deterministic ones."""
     base = ExactRun()
     return [
-        *crossed(base, method=("sigmoid", "ipo_sum", "kto", "simpo", "orpo"), beta=BETAS, seed=SEEDS),
-        *crossed(replace(base, rounds=10), beta=BETAS, seed=SEEDS),
+        *crossed(base, beta=BETAS, seed=SEEDS),
+        *crossed(replace(base, method="best_of"), n=(2, 4, 16, 64)),
         *crossed(replace(base, method="sft"), seed=SEEDS),
         *crossed(replace(base, method="unlikelihood"), alpha=(0.3, 0.6), seed=SEEDS),
         *crossed(replace(base, labels="deterministic"), beta=BETAS, seed=SEEDS),
-        *crossed(replace(base, method="best_of"), n=(2, 4, 16, 64)),
+        *crossed(replace(base, rounds=10), beta=BETAS, seed=SEEDS),
+        *crossed(base, method=("ipo_sum", "kto", "simpo", "orpo"), beta=BETAS, seed=SEEDS),
     ]
 
 
