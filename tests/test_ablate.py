@@ -18,13 +18,14 @@ from torch import Tensor
 from xalign import losses
 from xalign.ablate import finished, record_file, run_ablate
 from xalign.ablation_report import at_kl, checks, half_width, rows_of
+from xalign.checkpoint import save_pretrained
 from xalign.cli import main
 from xalign.config import ModelOptions
 from xalign.errors import CheckpointError, ConfigError
 from xalign.exact import SHARPNESS, TEXTS, Frontier, World, best_of, best_of_kl, draw_pairs, expected, kl, tilted, wins
 from xalign.grids import GRIDS, AblateConfig, AblateOptions, ExactRun, TextRun, runs_of
 from xalign.logprobs import sequence_logprobs
-from xalign.stages import scratch_model
+from xalign.stages import scratch_model, scratch_tokenizer
 from xalign.trials import changed_pairs, frontier, unlikelihood
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -340,3 +341,23 @@ def test_dpo_ends_at_its_population_optimum(tmp_path):
     assert min(row.mean("efficiency") for row in rows[:3]) > 0.8
     assert at_kl(rows[:3], known.start, sft.mean("kl")) > sft.mean("reward")
     assert best.mean("kl") == pytest.approx(best_of_kl(16), rel=0.01)
+
+
+@pytest.mark.slow
+def test_a_text_grid_trains_as_xalign_dpo_does_from_a_given_reference(tmp_path):
+    texts = [json.loads(line) for line in (ROOT / "data/train.jsonl").open()][:300]
+    tokenizer = scratch_tokenizer((r["prompt"] + r["chosen"] for r in texts), 300)
+    save_pretrained(scratch_model(ModelOptions(dim=32, depth=1, heads=2), tokenizer.vocab_size, 0), tmp_path / "base", tokenizer)
+    (tmp_path / "mine.py").write_text(
+        "from xalign.grids import TextRun, crossed\ndef lab():\n"
+        "    base = TextRun(fraction=.02, noise=.1, prompts=3, samples=1, beta=.5)\n"
+        "    return [*crossed(base, method=('sigmoid', 'kto'), seed=(0, 1)), TextRun(method='best_of', n=3, prompts=3, samples=1)]\n")
+    run_ablate(AblateConfig(options(tmp_path, reference=str(tmp_path / "base"))))
+    result = json.loads((tmp_path / "grid/results.json").read_text())
+    assert result["runs"] == 5 and [row["loss"] for row in result["rows"]] == ["sigmoid", "kto", "best_of"]
+    [run] = (tmp_path / "grid/runs").glob("sigmoid-*-seed=1/evaluation.json")
+    evaluation = json.loads(run.read_text())
+    assert result["rows"][0]["figures"]["kl"]["values"][1] == evaluation["kl"]
+    assert "| gold reward |" in (tmp_path / "grid/report.md").read_text()
+    with pytest.raises(CheckpointError, match="made with reference"):
+        run_ablate(AblateConfig(options(tmp_path)))
