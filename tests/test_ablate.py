@@ -347,11 +347,13 @@ def test_dpo_ends_at_its_population_optimum(tmp_path):
 def test_a_text_grid_trains_as_xalign_dpo_does_from_a_given_reference(tmp_path):
     texts = [json.loads(line) for line in (ROOT / "data/train.jsonl").open()][:300]
     tokenizer = scratch_tokenizer((r["prompt"] + r["chosen"] for r in texts), 300)
-    save_pretrained(scratch_model(ModelOptions(dim=32, depth=1, heads=2), tokenizer.vocab_size, 0), tmp_path / "base", tokenizer)
+    model = scratch_model(ModelOptions(dim=32, depth=1, heads=2), tokenizer.vocab_size, 0)
+    save_pretrained(model, tmp_path / "base", tokenizer)
     (tmp_path / "mine.py").write_text(
         "from xalign.grids import TextRun, crossed\ndef lab():\n"
         "    base = TextRun(fraction=.02, noise=.1, prompts=3, samples=1, beta=.5)\n"
-        "    return [*crossed(base, method=('sigmoid', 'kto'), seed=(0, 1)), TextRun(method='best_of', n=3, prompts=3, samples=1)]\n")
+        "    return [*crossed(base, method=('sigmoid', 'kto'), seed=(0, 1)),"
+        " TextRun(method='best_of', n=3, prompts=3, samples=1)]\n")
     run_ablate(AblateConfig(options(tmp_path, reference=str(tmp_path / "base"))))
     result = json.loads((tmp_path / "grid/results.json").read_text())
     assert result["runs"] == 5 and [row["loss"] for row in result["rows"]] == ["sigmoid", "kto", "best_of"]
