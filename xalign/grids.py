@@ -84,7 +84,7 @@ class ExactRun(Run):
     """More than 1 is online: each round draws its share of the pairs from the policy as it is."""
     draws: int = 8000
     samples: int = 4
-    steps: int = 1000
+    steps: int = 600
     batch_size: int = 256
     learning_rate: float = 1e-3
     warmup_steps: int = 50
