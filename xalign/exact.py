@@ -49,7 +49,7 @@ class World:
     def corpus(self) -> Tensor:
         """The distribution (15625,) of the texts that the reference imitates: a Markov chain that likes what has low reward."""
         draw = torch.Generator().manual_seed(self._seed + 1)
-        chain = (0.3 * torch.randn(SYMBOLS, SYMBOLS, generator=draw, dtype=torch.float64) - 0.5 * self.values).log_softmax(-1)
+        chain = (0.3 * torch.randn(SYMBOLS, SYMBOLS, generator=draw, dtype=torch.float64) - 0.65 * self.values).log_softmax(-1)
         return chain[self.texts[:, :-1], self.texts[:, 1:]].sum(1)
 
 
