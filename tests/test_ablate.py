@@ -297,7 +297,7 @@ def test_a_part_of_the_pairs_with_flipped_labels(tmp_path):
 
 @pytest.mark.slow
 def test_a_killed_grid_leaves_nobody_behind_and_goes_on_to_the_same_figures(lab, tmp_path):
-    grid = GRID.replace("steps=20, batch_size", "steps=200, batch_size").replace(", ExactRun(beta=1.0, steps=20, rounds=3)", "")
+    grid = GRID.replace("steps=20, batch_size", "steps=120, batch_size").replace(", ExactRun(beta=1.0, steps=20, rounds=3)", "")
     (tmp_path / "mine.py").write_text(grid)
     command = [sys.executable, "-m", "xalign", "ablate", "--grid", f"{tmp_path / 'mine.py'}:lab", "--jobs", "2"]
     cut, whole = tmp_path / "cut", tmp_path / "whole"
@@ -324,29 +324,29 @@ def test_a_killed_grid_leaves_nobody_behind_and_goes_on_to_the_same_figures(lab,
 
 @pytest.mark.slow
 def test_dpo_ends_at_its_population_optimum(tmp_path):
-    """The acceptance of the exact grid with fewer runs and half the steps; docs/ablate.md has the whole."""
+    """The acceptance of the exact grid with fewer runs and steps; docs/ablate.md has the whole."""
     (tmp_path / "mine.py").write_text(
-        "from xalign.grids import ExactRun, crossed\ndef lab():\n    base = ExactRun(steps=500, evaluations=1)\n"
-        "    return [*crossed(base, beta=(0.3, 1.0, 3.0)), ExactRun(method='sft', steps=500, evaluations=1),"
+        "from xalign.grids import ExactRun, crossed\ndef lab():\n    base = ExactRun(steps=400, evaluations=1)\n"
+        "    return [*crossed(base, beta=(0.3, 1.0)), ExactRun(method='sft', steps=400, evaluations=1),"
         " ExactRun(method='best_of', n=16)]\n")
     run_ablate(AblateConfig(options(tmp_path)))
     known = frontier(tmp_path / "grid")[2]
     runs = runs_of(f"{tmp_path / 'mine.py'}:lab")
     rows = rows_of([(run, json.loads(record_file(tmp_path / "grid", run).read_text())) for run in runs])
-    strong, middle, weak, sft, best = rows
-    assert strong.mean("kl") > middle.mean("kl") > weak.mean("kl")
+    strong, middle, sft, best = rows
+    assert strong.mean("kl") > middle.mean("kl") > sft.mean("kl")
     for row in (strong, middle):
         assert row.mean("reward") == pytest.approx(row.mean("optimum_reward"), rel=0.15)
         assert row.mean("kl") == pytest.approx(row.mean("optimum_kl"), rel=0.25)
-    assert min(row.mean("efficiency") for row in rows[:3]) > 0.8
-    assert at_kl(rows[:3], known.start, sft.mean("kl")) > sft.mean("reward")
+    assert min(row.mean("efficiency") for row in rows[:2]) > 0.85
+    assert at_kl(rows[:2], known.start, sft.mean("kl")) > sft.mean("reward")
     assert best.mean("kl") == pytest.approx(best_of_kl(16), rel=0.01)
 
 
 @pytest.mark.slow
 def test_a_text_grid_trains_as_xalign_dpo_does_from_a_given_reference(tmp_path):
     texts = [json.loads(line) for line in (ROOT / "data/train.jsonl").open()][:300]
-    tokenizer = scratch_tokenizer((r["prompt"] + r["chosen"] for r in texts), 300)
+    tokenizer = scratch_tokenizer((r["prompt"] + r["chosen"] for r in texts), 400)
     model = scratch_model(ModelOptions(dim=32, depth=1, heads=2), tokenizer.vocab_size, 0)
     save_pretrained(model, tmp_path / "base", tokenizer)
     (tmp_path / "mine.py").write_text(
