@@ -158,6 +158,17 @@ def _online(arguments: Sequence[str], program: str) -> None:
         run_online(config)
 
 
+def _ablate(arguments: Sequence[str], program: str) -> None:
+    from xalign.flags import parse
+    from xalign.grids import AblateConfig
+
+    config = parse(AblateConfig, arguments, program)
+    with _kept("finished runs are kept, the same command goes on"):
+        from xalign.ablate import run_ablate
+
+        run_ablate(config)
+
+
 def _file_as_flag(arguments: Sequence[str]) -> list[str]:
     """The file needs no flag: it is what is neither a flag, nor a flag's value. Raises `ConfigError` for several."""
     from xalign.data.shapes import NAMES
@@ -201,6 +212,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str], str], None], str]] = {
     "annotate": (_annotate, "judge completions: reward model, known reward, or a language model"),
     "binarize": (_binarize, "make preference pairs of annotated completions"),
     "online": (_online, "improve a policy in rounds: draw, score, pair, train (online DPO)"),
+    "ablate": (_ablate, "train a grid of ablations in a world whose best is known, with intervals over seeds"),
     "data inspect": (_inspect, "show what a file of records holds and what training would make of it"),
 }
 

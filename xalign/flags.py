@@ -39,6 +39,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("dropout", "lora_dropout"), (0, 0.999)), "lora_r": (1, 2**16), "lora_alpha": (1e-6, 1e6),
     "temperatures": (0, 1e6), "perplexity_alert": (0, 1e12),
     "port": (0, 65535), "queue_size": (1, COUNT), "max_bytes": (1, COUNT), "body_seconds": (1e-3, 1e6),
+    "jobs": (1, 1024),
 }
 
 
