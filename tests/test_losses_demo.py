@@ -38,9 +38,11 @@ def test_the_loss_raises_the_gold_reward(name, runs):
 @pytest.mark.slow
 def test_gold_rises_in_each_online_round(runs):
     """docs/online.md in small: two rounds of 64 prompts, by the gold reward itself."""
-    main(["online", "--config", str(ROOT / "data/online.json"), "--model", str(runs / "made/reference"),
-          "--output-dir", str(runs / "online"), *("--reward-model gold --rounds 2 --prompts-per-round 64 --n 6 --eval-prompts 60 "
-                                                  "--eval-samples 2 --learning-rate 6e-4 --num-train-epochs 3").split()])
+    settings = json.loads((ROOT / "data/online.json").read_text()) | {
+        "model": str(runs / "made/reference"), "reward_model": "gold", "rounds": 2, "prompts_per_round": 64, "n": 6,
+        "eval_prompts": 60, "eval_samples": 2, "learning_rate": 6e-4, "num_train_epochs": 3}
+    (runs / "online.json").write_text(json.dumps(settings))
+    main(["online", "--config", str(runs / "online.json"), "--output-dir", str(runs / "online")])
     lines = [json.loads(line) for line in (runs / "online/metrics.jsonl").read_text().splitlines()]
     assert all(line["gold_gain_interval"][0] > 0 for line in lines[1:]), lines
     assert lines[-1]["well_formed"] > lines[0]["well_formed"] - 0.1, lines
