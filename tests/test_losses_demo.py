@@ -1,5 +1,7 @@
-"""Each main loss raises the gold reward of the embedded world with the settings that docs/losses.md documents."""
+"""Each main loss raises the gold reward of the embedded world with the settings that docs/losses.md documents, and so do online
+rounds."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -7,6 +9,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 from demo_losses import ROOT, SETTINGS, align, head, line, make_reference
+
+from xalign.cli import main
 
 DOCS = ROOT / "docs/losses.md"
 SHORTER = {"num_train_epochs": 0.4, "eval_prompts": 120, "eval_samples": 2}  # than the table's, to take seconds a loss
@@ -29,6 +33,19 @@ def test_the_loss_raises_the_gold_reward(name, runs):
     assert numbers["gold_policy_interval"][0] > numbers["gold_reference"], line(name, numbers)
     assert numbers["win_rate_interval"][0] > 0.5, line(name, numbers)
     assert numbers["well_formed_policy"] > numbers["well_formed_reference"] - 0.15, line(name, numbers)
+
+
+@pytest.mark.slow
+def test_gold_rises_in_each_online_round(runs):
+    """docs/online.md in small: two rounds of 64 prompts, by the gold reward itself."""
+    settings = json.loads((ROOT / "data/online.json").read_text()) | {
+        "model": str(runs / "made/reference"), "reward_model": "gold", "rounds": 2, "prompts_per_round": 64, "n": 6,
+        "eval_prompts": 60, "eval_samples": 2, "learning_rate": 6e-4, "num_train_epochs": 3}
+    (runs / "online.json").write_text(json.dumps(settings))
+    main(["online", "--config", str(runs / "online.json"), "--output-dir", str(runs / "online")])
+    lines = [json.loads(line) for line in (runs / "online/metrics.jsonl").read_text().splitlines()]
+    assert all(line["gold_gain_interval"][0] > 0 for line in lines[1:]), lines
+    assert lines[-1]["well_formed"] > lines[0]["well_formed"] - 0.1, lines
 
 
 @pytest.mark.parametrize("name", SETTINGS)

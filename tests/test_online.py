@@ -20,9 +20,6 @@ from conftest import LLAMA, tiny
 from hypothesis import given
 from hypothesis import strategies as st
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
-from demo_losses import ROOT, make_reference
-
 from xalign import RewardModel, load_pretrained, rounds, save_pretrained
 from xalign.cli import main
 from xalign.data.records import Message
@@ -32,6 +29,8 @@ from xalign.flags import parse
 from xalign.online_config import OnlineConfig
 from xalign.pairing import RULES, best_of, best_of_kl, pair, usable
 from xalign.watch import TIMED
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def read(path: Path) -> list[dict]:
@@ -315,7 +314,7 @@ def test_a_mistake_is_one_line_before_anything_is_drawn(toy, tmp_path, capsys, f
     with pytest.raises(SystemExit, match="2"):
         online(toy, tmp_path / "run", *flags)
     assert message in capsys.readouterr().err.splitlines()[-1]
-    assert not list(tmp_path.glob("run/round-0/*.jsonl"))
+    assert not (tmp_path / "run").exists(), "the next try may have other settings"
 
 
 def test_another_model_under_the_same_name_is_refused(toy, tmp_path, chat_tokenizer, capsys, monkeypatch):
@@ -332,18 +331,6 @@ def test_another_model_under_the_same_name_is_refused(toy, tmp_path, chat_tokeni
             online(toy, tmp_path / "run", "--model", tmp_path / "policy")
         told = capsys.readouterr().err.splitlines()[-1]
         assert "was made with model_sha256 = " in told if seed else "far enough" in told
-
-
-@pytest.mark.slow
-def test_gold_rises_in_each_round_on_the_toy_world(tmp_path):
-    """docs/online.md in small: half an epoch of imitation, then two rounds of 64 prompts by the gold reward itself."""
-    reference = make_reference(tmp_path / "made", sft_epochs=0.5)
-    main(["online", "--config", str(ROOT / "data/online.json"), "--model", str(reference), "--reward-model", "gold",
-          "--output-dir", str(tmp_path / "run"), "--rounds", "2", "--prompts-per-round", "64", "--n", "6", "--eval-prompts",
-          "60", "--eval-samples", "2", "--learning-rate", "6e-4", "--num-train-epochs", "3"])
-    lines = read(tmp_path / "run/metrics.jsonl")
-    assert all(line["gold_gain_interval"][0] > 0 for line in lines[1:]), lines
-    assert lines[-1]["well_formed"] > lines[0]["well_formed"] - 0.1, lines
 
 
 # -- kill -9 --------------------------------------------------------------------------------------------------------
@@ -389,11 +376,8 @@ for line in sys.stdin:
 """
 MOMENTS = {
     "while round 0 is drawn": ("xalign.journal", "Journal.add", 2, "after"),
-    "in round 0, all drawn, before it is scored": ("xalign.rounds", "scores", 1, "before"),
     "between samples and evaluation": ("xalign.rounds", "measure", 1, "before"),
-    "before round 1": ("xalign.online", "draw_completions", 1, "before"),
     "in a chunk of drawing": ("xalign.journal", "Journal.add", 13, "before"),
-    "all drawn, before completions.jsonl": ("xalign.rounds", "write_lines", 2, "before"),
     "between drawing and scoring": ("xalign.online", "score_completions", 1, "before"),
     "in scoring, before a chunk is written": ("xalign.score", "RunFolder.log", 2, "after"),
     "between scoring and pairing": ("xalign.online", "make_training_data", 1, "before"),
@@ -401,7 +385,6 @@ MOMENTS = {
     "between pairing and training": ("xalign.online", "improve_policy", 1, "before"),
     "in training, after a checkpoint": ("xalign.training", "schedule", 3, "before"),
     "while a checkpoint is written": ("xalign.weights", "save_file", 3, "after"),
-    "in training's report": ("xalign.train", "write_report", 1, "before"),
     "between training and its policy": ("xalign.rounds", "run_dpo", 1, "after"),
     "before checkpoints are removed": ("xalign.rounds", "tidy", 1, "before"),
     "between training and measuring": ("xalign.online", "evaluate", 2, "before"),

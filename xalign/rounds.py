@@ -291,10 +291,10 @@ def evaluate(circle: Circle, number: int, device: torch.device) -> None:
     folder, online = circle.folder(number), circle.config.online
     if (folder / EVALUATION).exists():
         return
-    folder.mkdir(exist_ok=True)
     if not (folder / SAMPLES).exists():
         specs = {"rewards": str(online.reward_model), **({"gold": circle.gold} if circle.gold else {})}
-        scorers = {name: circle.scorer(spec) for name, spec in specs.items()}  # first: what can't be opened is told at once
+        scorers = {name: circle.scorer(spec) for name, spec in specs.items()}  # first: what can't be opened leaves no run
+        folder.mkdir(exist_ok=True)
         with growing(folder / f"growing-{SAMPLES}", len(circle.held_out)) as journal:
             rows = list(drawn(circle, number, circle.held_out, online.eval_samples, "held out", journal))
             for name, scorer in scorers.items():
