@@ -54,7 +54,7 @@ class Row:
         if not values:
             return ""
         half = half_width(values)
-        return f"{self.mean(name):.3f}" + (f" ± {half:.3f}" if half > 0 else "")
+        return f"{self.mean(name):.3f}" + (f" ± {half:.3f}" if half > 1e-9 else "")
 
     @property
     def line(self) -> tuple[str, str]:
