@@ -23,6 +23,7 @@ def test_every_make_target_and_flag_of_the_readme_exists():
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for target in re.findall(r"^make (\S+)", README, re.MULTILINE):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
-    known = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "xalign").glob("*config.py"))
+    settings = [*(ROOT / "xalign").glob("*config.py"), ROOT / "xalign" / "grids.py"]
+    known = "".join(path.read_text(encoding="utf-8") for path in settings)
     for flag in set(re.findall(r"--([a-z][a-z0-9-]+)", README)) - {"help", "config", "print-config", "nproc-per-node"}:
         assert re.search(rf"\b{flag.removeprefix('no-').replace('-', '_')}\b", known), flag
