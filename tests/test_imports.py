@@ -5,9 +5,12 @@ import io
 import subprocess
 import sys
 import tokenize
+from dataclasses import is_dataclass
 from pathlib import Path
 
 import pytest
+
+from xalign import cli
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "xalign"
@@ -173,6 +176,11 @@ def test_help_and_mistakes_load_nothing_heavy(arguments):
             f"loaded = [m for m in {HEAVY} if m in sys.modules]\nassert not loaded, loaded")
     done = subprocess.run([sys.executable, "-c", code, *arguments.split()], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_every_command_names_settings_and_a_function_that_exist():
+    for program in cli.COMMANDS.values():
+        assert is_dataclass(cli._named(program.settings)) and callable(cli._named(program.run))
 
 
 @pytest.mark.parametrize("program", ["train_dpo.py", "generate.py"])

@@ -1,10 +1,12 @@
 """The command line: `xalign COMMAND ...`; a user's mistake is one line on stderr and exit status 2."""
 
 import contextlib
+import importlib
 import io
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from xalign.errors import ConfigError, XalignError, nearest
@@ -12,161 +14,38 @@ from xalign.errors import ConfigError, XalignError, nearest
 SHORT = {"-p": "--prompt", "-n": "--n", "-i": "--interactive"}
 
 
-def _dpo(arguments: Sequence[str], program: str) -> None:
-    from xalign.config import DPOConfig
-    from xalign.flags import parse
+@dataclass(frozen=True)
+class Program:
+    """A command: the class of its settings and the function that runs them, by name: neither is imported before its time."""
 
-    config = parse(DPOConfig, arguments, program)
-    with _kept():
-        from xalign.train import run_dpo
+    does: str
+    settings: str
+    run: str
+    kept: str | Callable[[Any], str] = ""  # what Ctrl-C doesn't lose, or what of given settings
+    prepared: Callable[[Sequence[str]], Sequence[str]] = list  # arguments -> flags and their values
 
-        run_dpo(config)
+    def __call__(self, arguments: Sequence[str], program: str) -> None:
+        from xalign.flags import parse
 
-
-def _reward(arguments: Sequence[str], program: str) -> None:
-    from xalign.config import RewardConfig
-    from xalign.flags import parse
-
-    config = parse(RewardConfig, arguments, program)
-    with _kept():
-        from xalign.train_reward import run_reward
-
-        run_reward(config)
-
-
-def _sft(arguments: Sequence[str], program: str) -> None:
-    from xalign.config import SFTConfig
-    from xalign.flags import parse
-
-    config = parse(SFTConfig, arguments, program)
-    with _kept():
-        from xalign.train import run_sft
-
-        run_sft(config)
+        config: Any = parse(_named(self.settings), self.prepared(arguments), program, SHORT)
+        kept = self.kept if isinstance(self.kept, str) else self.kept(config)
+        try:  # the import as well: it takes seconds
+            _named(self.run)(config)
+        except KeyboardInterrupt as stop:
+            told = (f"{kept} are kept, the same command goes on",) if kept else stop.args
+            raise KeyboardInterrupt(*told) from None
 
 
-@contextlib.contextmanager
-def _kept(what: str = "finished stages and checkpoints are kept, the same command goes on") -> Iterator[None]:
-    """Say of work that is interrupted (a training: before its loop, which saves its state) that it is not lost."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(what) from None
+def _named(path: str) -> Any:
+    module, _, name = path.rpartition(".")
+    return getattr(importlib.import_module(f"xalign.{module}"), name)
 
 
-def _generate(arguments: Sequence[str], program: str) -> None:
-    from xalign.config import GenerateConfig
-    from xalign.flags import parse
-
+def _compare_alone(arguments: Sequence[str]) -> list[str]:
+    """--compare may stand without a value."""
     following = [*arguments[1:], "-"][: len(arguments)]
-    # --compare may stand without a value
-    arguments = [f"{a}=reference" if a == "--compare" and after.startswith("-") else a
-                 for a, after in zip(arguments, following, strict=True)]
-    config = parse(GenerateConfig, arguments, program, SHORT)
-    from xalign.complete import run_generate
-
-    run_generate(config)
-
-
-def _chat(arguments: Sequence[str], program: str) -> None:
-    _generate(["--chat", *arguments], program)
-
-
-def _collect(arguments: Sequence[str], program: str) -> None:
-    from xalign.collect_config import CollectConfig
-    from xalign.flags import parse
-
-    config = parse(CollectConfig, arguments, program)
-    with _kept("finished completions are kept, the same command goes on"):
-        from xalign.collect import run_collect
-
-        run_collect(config)
-
-
-def _annotate(arguments: Sequence[str], program: str) -> None:
-    from xalign.collect_config import AnnotateConfig
-    from xalign.flags import parse
-
-    config = parse(AnnotateConfig, arguments, program)
-    with _kept("finished annotations are kept, the same command goes on"):
-        from xalign.annotate import run_annotate
-
-        run_annotate(config)
-
-
-def _binarize(arguments: Sequence[str], program: str) -> None:
-    from xalign.collect_config import BinarizeConfig
-    from xalign.flags import parse
-
-    config = parse(BinarizeConfig, arguments, program)
-    from xalign.binarize import run_binarize
-
-    run_binarize(config)
-
-
-def _inspect(arguments: Sequence[str], program: str) -> None:
-    from xalign.config import InspectConfig
-    from xalign.flags import parse
-
-    config = parse(InspectConfig, _file_as_flag(arguments), program)
-    from xalign.inspection import run_inspect
-
-    run_inspect(config)
-
-
-def _score(arguments: Sequence[str], program: str) -> None:
-    from xalign.flags import parse
-    from xalign.score_config import ScoreConfig
-
-    config = parse(ScoreConfig, arguments, program, SHORT)
-    with _kept() if config.score.output_dir else contextlib.nullcontext():
-        from xalign.score import run_score
-
-        run_score(config)
-
-
-def _rewardbench(arguments: Sequence[str], program: str) -> None:
-    from xalign.flags import parse
-    from xalign.score_config import RewardBenchConfig
-
-    config = parse(RewardBenchConfig, arguments, program)
-    with _kept():
-        from xalign.rewardbench import run_rewardbench
-
-        run_rewardbench(config)
-
-
-def _evaluate(arguments: Sequence[str], program: str) -> None:
-    from xalign.evaluate_config import EvaluateConfig
-    from xalign.flags import parse
-
-    config = parse(EvaluateConfig, arguments, program)
-    with _kept("samples and judgements are kept, the same command goes on"):
-        from xalign.evaluate import run_evaluate
-
-        run_evaluate(config)
-
-
-def _online(arguments: Sequence[str], program: str) -> None:
-    from xalign.flags import parse
-    from xalign.online_config import OnlineConfig
-
-    config = parse(OnlineConfig, arguments, program, SHORT)
-    with _kept("finished stages, completions and checkpoints are kept, the same command goes on"):
-        from xalign.online import run_online
-
-        run_online(config)
-
-
-def _ablate(arguments: Sequence[str], program: str) -> None:
-    from xalign.flags import parse
-    from xalign.grids import AblateConfig
-
-    config = parse(AblateConfig, arguments, program)
-    with _kept("finished runs are kept, the same command goes on"):
-        from xalign.ablate import run_ablate
-
-        run_ablate(config)
+    return [f"{a}=reference" if a == "--compare" and after.startswith("-") else a
+            for a, after in zip(arguments, following, strict=True)]
 
 
 def _file_as_flag(arguments: Sequence[str]) -> list[str]:
@@ -199,21 +78,46 @@ def _file_as_flag(arguments: Sequence[str]) -> list[str]:
     return [*(f"--dataset={file}" for file in files), *(["--dataset"] if flag == "--dataset" else []), *rest]
 
 
-COMMANDS: dict[str, tuple[Callable[[Sequence[str], str], None], str]] = {
-    "sft": (_sft, "train a model to imitate text or conversations"),
-    "dpo": (_dpo, "align a model with preference pairs (train_dpo.py)"),
-    "reward": (_reward, "train a reward model on preference pairs"),
-    "generate": (_generate, "continue prompts with a trained model (generate.py)"),
-    "chat": (_chat, "talk to a model, or to two side by side (generate.py --chat)"),
-    "score": (_score, "score replies with a reward model, a DPO policy or a server; --serve does it over HTTP"),
-    "rewardbench": (_rewardbench, "measure a reward model, a DPO policy or a judge on RewardBench"),
-    "evaluate": (_evaluate, "compare a policy with its reference: win rate, log-ratio, KL, perplexity, samples"),
-    "collect": (_collect, "draw completions from a pool of models, for preference data"),
-    "annotate": (_annotate, "judge completions: reward model, known reward, or a language model"),
-    "binarize": (_binarize, "make preference pairs of annotated completions"),
-    "online": (_online, "improve a policy in rounds: draw, score, pair, train (online DPO)"),
-    "ablate": (_ablate, "train a grid of ablations in a world whose best is known, with intervals over seeds"),
-    "data inspect": (_inspect, "show what a file of records holds and what training would make of it"),
+STAGES = "finished stages and checkpoints"
+COMMANDS: dict[str, Program] = {
+    "sft": Program(
+        "train a model to imitate text or conversations", "config.SFTConfig", "train.run_sft", STAGES),
+    "dpo": Program(
+        "align a model with preference pairs (train_dpo.py)", "config.DPOConfig", "train.run_dpo", STAGES),
+    "reward": Program(
+        "train a reward model on preference pairs", "config.RewardConfig", "train_reward.run_reward", STAGES),
+    "generate": Program(
+        "continue prompts with a trained model (generate.py)", "config.GenerateConfig", "complete.run_generate",
+        prepared=_compare_alone),
+    "chat": Program(
+        "talk to a model, or to two side by side (generate.py --chat)", "config.GenerateConfig", "complete.run_generate",
+        prepared=lambda arguments: ["--chat", *_compare_alone(arguments)]),
+    "score": Program(
+        "score replies with a reward model, a DPO policy or a server; --serve does it over HTTP", "score_config.ScoreConfig",
+        "score.run_score", lambda config: STAGES if config.score.output_dir else ""),
+    "rewardbench": Program(
+        "measure a reward model, a DPO policy or a judge on RewardBench", "score_config.RewardBenchConfig",
+        "rewardbench.run_rewardbench", STAGES),
+    "evaluate": Program(
+        "compare a policy with its reference: win rate, log-ratio, KL, perplexity, samples", "evaluate_config.EvaluateConfig",
+        "evaluate.run_evaluate", "samples and judgements"),
+    "collect": Program(
+        "draw completions from a pool of models, for preference data", "collect_config.CollectConfig", "collect.run_collect",
+        "finished completions"),
+    "annotate": Program(
+        "judge completions: reward model, known reward, or a language model", "collect_config.AnnotateConfig",
+        "annotate.run_annotate", "finished annotations"),
+    "binarize": Program(
+        "make preference pairs of annotated completions", "collect_config.BinarizeConfig", "binarize.run_binarize"),
+    "online": Program(
+        "improve a policy in rounds: draw, score, pair, train (online DPO)", "online_config.OnlineConfig", "online.run_online",
+        "finished stages, completions and checkpoints"),
+    "ablate": Program(
+        "train a grid of ablations in a world whose best is known, with intervals over seeds", "grids.AblateConfig",
+        "ablate.run_ablate", "finished runs"),
+    "data inspect": Program(
+        "show what a file of records holds and what training would make of it", "config.InspectConfig",
+        "inspection.run_inspect", prepared=_file_as_flag),
 }
 
 
@@ -263,10 +167,10 @@ def main(arguments: Sequence[str] | None = None, command: str | None = None) -> 
         if isinstance(stream, io.TextIOWrapper):  # a terminal that can't show a character is told which it is
             stream.reconfigure(errors="backslashreplace")
     if command is not None:
-        return guarded(COMMANDS[command][0], arguments, sys.argv[0].rsplit("/", 1)[-1])
+        return guarded(COMMANDS[command], arguments, sys.argv[0].rsplit("/", 1)[-1])
     if not arguments or arguments[0] in ("-h", "--help"):
         print("usage: xalign COMMAND [OPTIONS]      (xalign COMMAND --help lists the options)\n")
-        print("\n".join(f"  {name:14} {text}" for name, (_, text) in COMMANDS.items()))
+        print("\n".join(f"  {name:14} {program.does}" for name, program in COMMANDS.items()))
         return None
     return guarded(_dispatch, arguments)
 
@@ -281,7 +185,7 @@ def _dispatch(arguments: list[str]) -> None:
         return
     if name not in COMMANDS:
         raise ConfigError(f"no command {name!r}{nearest(name, COMMANDS)}; allowed are {', '.join(COMMANDS)}")
-    COMMANDS[name][0](arguments[words:], f"xalign {name}")
+    COMMANDS[name](arguments[words:], f"xalign {name}")
 
 
 if __name__ == "__main__":
