@@ -30,9 +30,9 @@ from xalign.errors import ConfigError, DataError
 from xalign.evaluation.metrics import Estimate, perplexity
 from xalign.nn.cache import Kept
 from xalign.nn.decoding import evaluating
+from xalign.stopping import UNFINISHED
 
 INPUT_TEMPLATE = "User: {}\nAssistant: "
-UNFINISHED = "\ufffd"  # what a character that was cut off becomes
 Write = Callable[[str], object]
 
 
