@@ -1,6 +1,7 @@
 """Settings and small models that all tests share."""
 
 import os
+import signal
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -20,6 +21,9 @@ torch.set_num_threads(1)  # the models are so small that a second thread only wa
 settings.register_profile("xalign", deadline=None, max_examples=60, derandomize=True, database=None,
                           suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("xalign")
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as where a script began all this in the background: children inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 LLAMA = {"rotary_pos_emb": True, "use_rmsnorm": True, "ff_glu": True, "ff_swish": True, "ff_no_bias": True, "attn_flash": True}
 WRAPPER = {"num_tokens", "max_seq_len", "emb_dropout", "use_abs_pos_emb", "tie_embedding"}
