@@ -240,6 +240,7 @@ def test_kto_takes_no_pairs_and_none_of_the_pairs_settings():
                              ({"loss": "kto", "divergence": "js"}, "knows no f_divergence"),
                              ({"loss": "kto", "ld_alpha": 0.5}, "ld_alpha"), ({"loss": "kto", "reduction": "mean"}, "means"),
                              ({"loss": "kto", "loss_options": {"desirable_weight": -1.0}}, "desirable_weight is -1.0"),
+                             ({"loss": "kto", "loss_options": {"desirable_weight": 0, "undesirable_weight": 0}}, "both 0"),
                              ({"loss": "sigmoid", "loss_options": {"desirable_weight": 2.0}}, "desirable_weight is 2.0, but")):
         with pytest.raises(ConfigError, match=message):
             DPO(tiny(**LLAMA), **options)

@@ -278,6 +278,8 @@ def kto(policy: Tensor, ref: Tensor, labels: Tensor, kl: Tensor | float, *, beta
     should share it must be given the same value.
     """
     _check(beta=beta, desirable_weight=desirable_weight, undesirable_weight=undesirable_weight)
+    if desirable_weight == undesirable_weight == 0:
+        raise ConfigError("desirable_weight and undesirable_weight are both 0, allowed is at least one above")
     z = beta * (policy - ref - torch.as_tensor(kl, dtype=policy.dtype).detach().clamp(min=0))
     return torch.where(labels, desirable_weight * torch.sigmoid(-z), undesirable_weight * torch.sigmoid(z))
 
