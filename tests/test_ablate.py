@@ -17,7 +17,7 @@ from torch import Tensor
 
 from xalign import losses
 from xalign.ablate import finished, record_file, run_ablate
-from xalign.ablation_report import at_kl, checks, half_width, rows_of
+from xalign.ablation_report import Row, at_kl, checks, half_width, hold_against_dpo, rows_of, table
 from xalign.checkpoint import save_pretrained
 from xalign.cli import main
 from xalign.config import ModelOptions
@@ -26,7 +26,7 @@ from xalign.exact import SHARPNESS, TEXTS, Frontier, World, best_of, best_of_kl,
 from xalign.grids import GRIDS, AblateConfig, AblateOptions, ExactRun, TextRun, runs_of
 from xalign.logprobs import sequence_logprobs
 from xalign.stages import scratch_model, scratch_tokenizer
-from xalign.trials import changed_pairs, frontier, unlikelihood
+from xalign.trials import changed_pairs, frontier
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -116,7 +116,7 @@ def population_loss(method: str, logps: Tensor, world: Frontier, beta: float, al
     weight = (world.ref[a] + world.ref[b]).exp() * torch.sigmoid(SHARPNESS * (world.reward[a] - world.reward[b]))
     if method in ("sft", "unlikelihood"):
         one = torch.ones(len(a))
-        return (weight * unlikelihood(logps[a], logps[b], one, one, alpha=alpha)).sum()
+        return (weight * losses.unlikelihood(logps[a], logps[b], one, one, alpha=alpha)).sum()
     return (weight * losses.LOSSES[method](logps[a], logps[b], world.ref[a], world.ref[b], beta=beta)).sum()
 
 
@@ -292,6 +292,25 @@ def test_a_part_of_the_pairs_with_flipped_labels(tmp_path):
     assert changed_pairs(TextRun(), tmp_path) is None
 
 
+def rows_at(*points: tuple[str, float | None, float, list[float]]) -> list[Row]:
+    return [Row(ExactRun(method=method, beta=beta), [0, 1, 2], {"kl": [drift] * 3, "reward": rewards})
+            for method, beta, drift, rewards in points]
+
+
+def test_each_row_is_held_against_dpo_at_its_own_divergence():
+    rows = rows_at(("sigmoid", 1.0, 1.0, [2.0, 2.0, 2.0]), ("sigmoid", 0.1, 4.0, [3.0, 3.0, 3.0]),
+                   ("kto", 1.0, 2.25, [2.8, 2.9, 2.7]), ("orpo", 1.0, 2.25, [2.4, 2.9, 2.5]),
+                   ("sft", None, 0.25, [1.4, 1.5, 1.4]), ("simpo", 1.0, 9.0, [9.0, 9.0, 9.0]))
+    told = hold_against_dpo(rows, 1.0).splitlines()
+    # in the root of the KL: 1 at 0, 2 at 1, 3 at 2
+    assert [row.dpo for row in rows[2:5]] == pytest.approx([2.5, 2.5, 1.5]) and all(math.isnan(rows[i].dpo) for i in (0, 1, 5))
+    assert told[-4:] == ["- above it, by more than its interval: kto β 1 (+0.300)",
+                         "- above it, within its interval: orpo β 1 (+0.100)", "- below it: sft (-0.067)",
+                         "- further from the reference than any β of DPO here: simpo β 1 (KL 9.0)"]
+    assert "| 2.500 |" in table(rows)
+    assert hold_against_dpo(rows[2:], 1.0) == hold_against_dpo(rows[:2], 1.0) == "" == hold_against_dpo(rows, math.nan)
+
+
 # -- slow ---------------------------------------------------------------------------------------------------------------
 
 
@@ -350,13 +369,19 @@ def test_a_text_grid_trains_as_xalign_dpo_does_from_a_given_reference(tmp_path):
     model = scratch_model(ModelOptions(dim=32, depth=1, heads=2), tokenizer.vocab_size, 0)
     save_pretrained(model, tmp_path / "base", tokenizer)
     (tmp_path / "mine.py").write_text(
-        "from xalign.grids import TextRun, crossed\ndef lab():\n"
+        "from dataclasses import replace\nfrom xalign.grids import TextRun, crossed\ndef lab():\n"
         "    base = TextRun(fraction=.02, noise=.1, prompts=3, samples=1, beta=.5)\n"
-        "    return [*crossed(base, method=('sigmoid', 'kto'), seed=(0, 1)),"
-        " TextRun(method='best_of', n=3, prompts=3, samples=1)]\n")
+        "    small = TextRun(fraction=.02, prompts=3, samples=1)\n"
+        "    return [*crossed(base, method=('sigmoid', 'kto'), seed=(0, 1)), replace(small, method='unlikelihood', alpha=.2),"
+        " replace(small, rounds=2, beta=.5), TextRun(method='best_of', n=3, prompts=3, samples=1)]\n")
     run_ablate(AblateConfig(options(tmp_path, reference=str(tmp_path / "base"))))
     result = json.loads((tmp_path / "grid/results.json").read_text())
-    assert result["runs"] == 5 and [row["loss"] for row in result["rows"]] == ["sigmoid", "kto", "best_of"]
+    assert [row["loss"] for row in result["rows"]] == ["sigmoid", "kto", "unlikelihood", "online sigmoid", "best_of"]
+    [rounds] = (tmp_path / "grid/runs").glob("online-*/metrics.jsonl")
+    last = [json.loads(line) for line in rounds.open()][-1]
+    online = result["rows"][3]["figures"]
+    assert result["runs"] == 7 and last["step"] == 2
+    assert [last["gold"], last["kl"]] == [online[name]["mean"] for name in ("reward", "kl")]
     [run] = (tmp_path / "grid/runs").glob("sigmoid-*-seed=1/evaluation.json")
     evaluation = json.loads(run.read_text())
     assert result["rows"][0]["figures"]["kl"]["values"][1] == evaluation["kl"]

@@ -86,13 +86,17 @@ FORMULAS = {
     "sigmoid_norm": lambda p, beta: -ls(beta * (p.a / p.nw - p.b / p.nl)),
     "simpo": lambda p, beta, gamma=0.5: -ls(beta * (p.pc / p.nw - p.pr / p.nl) - gamma),
     "cpo": lambda p, beta: -ls(beta * (p.pc - p.pr)) - p.pc / p.nw,
+    "unlikelihood": lambda p, alpha=0.5: alpha * p.pr / p.nl - p.pc / p.nw,
     "orpo": lambda p, beta: -p.pc / p.nw - beta * ls(odds(p.pc / p.nw) - odds(p.pr / p.nl)),
 }
-CASES = [(name, {"beta": 0.1}) for name in FORMULAS] + [
+CASES = [(name, {} if name == "unlikelihood" else {"beta": 0.1}) for name in FORMULAS] + [("unlikelihood", {"alpha": 0.0}),
     ("sigmoid", {"beta": 0.5, "label_smoothing": 0.2}), ("robust", {"beta": 0.5, "label_smoothing": 0.2}),
     ("exo_pair", {"beta": 1.0, "label_smoothing": 0.3}), ("discopop", {"beta": 0.1, "tau": 0.7}),
     ("discopop", {"beta": 0.05, "tau": 1.0}), ("simpo", {"beta": 2.0, "gamma": 1.5}), ("sigmoid_norm", {"beta": 5.0}),
     ("sppo_hard", {"beta": 0.001}), ("ipo_sum", {"beta": 2.0}), ("orpo", {"beta": 1.0}), ("hinge", {"beta": 1.0})]
+
+
+WITHOUT_BETA = ("sft", "unlikelihood")
 
 
 def exact(name, row, options):
@@ -134,7 +138,7 @@ def untied(rows):
 @pytest.mark.parametrize("dtype", [torch.double, torch.float])
 @pytest.mark.parametrize(("name", "options"), CASES)
 def test_values_and_gradients_are_the_formulas(name, options, dtype):
-    columns = vectors(*zip(*rows(options["beta"]), strict=True), dtype=dtype)
+    columns = vectors(*zip(*rows(options.get("beta", 0.1)), strict=True), dtype=dtype)
     v = dict(zip(PAIR + LENGTHS, [*columns[:4], *(n.detach().long() for n in columns[4:])], strict=True))
     loss = give(name, v, **options)
     assert loss.dtype == dtype and loss.shape == columns[0].shape
@@ -156,7 +160,7 @@ def test_finite_far_out(name, beta, dtype):
     grid = torch.cartesian_prod(*[torch.tensor([0.0, -1.0, -80 / beta, -far])] * 4, torch.tensor([1.0, 700.0])).to(dtype)
     columns = [c.clone().requires_grad_() for c in grid.unbind(1)]
     v = dict(zip(PAIR + LENGTHS, [*columns, columns[4]], strict=True))
-    loss = give(name, v, **({} if name == "sft" else {"beta": beta}))
+    loss = give(name, v, **({} if name in WITHOUT_BETA else {"beta": beta}))
     loss.sum().backward()
     assert loss.isfinite().all()
     assert all(v[k].grad.isfinite().all() for k in ARGUMENTS[name] if k in PAIR)
@@ -167,7 +171,7 @@ def test_finite_far_out(name, beta, dtype):
 def test_names_and_signatures():
     """`DPO` picks arguments by their names, so the names are the contract; hyperparameters are keywords with defaults."""
     assert " ".join(losses.LOSSES) == ("sigmoid robust hinge ipo ipo_sum exo_pair nca_pair bco_pair sppo_hard aot aot_unpaired "
-                                       "apo_zero apo_down discopop sigmoid_norm simpo cpo orpo sft")
+                                       "apo_zero apo_down discopop sigmoid_norm simpo cpo orpo sft unlikelihood")
     assert losses.LOSSES["sigmoid"] is losses.dpo
     for name, loss in losses.LOSSES.items():
         given = inspect.signature(loss).parameters.values()
@@ -183,16 +187,18 @@ def options_of(loss):
 def test_defaults():
     """Those of docs/losses.md, which any change must change with them."""
     special = {"exo_pair": {"label_smoothing": 1e-3}, "discopop": {"tau": 0.05}, "sigmoid_norm": {"beta": 5.0},
-               "simpo": {"beta": 2.0, "gamma": 0.5}, "sft": {"tokens_per_pair": None}}
+               "simpo": {"beta": 2.0, "gamma": 0.5}, "sft": {"tokens_per_pair": None},
+               "unlikelihood": {"alpha": 0.5}}
     for name, loss in losses.LOSSES.items():
-        assert options_of(loss) == ({} if name == "sft" else {"beta": 0.1}) | dict.fromkeys(
+        assert options_of(loss) == ({} if name in WITHOUT_BETA else {"beta": 0.1}) | dict.fromkeys(
             ["label_smoothing"] if name in ("sigmoid", "robust", "aot", "aot_unpaired") else [], 0.0) | special.get(name, {})
     assert options_of(losses.kto) == {"beta": 0.1, "desirable_weight": 1.0, "undesirable_weight": 1.0}
     assert options_of(losses.bradley_terry) == {"margin": None, "center": 0.0}
 
 
 BAD = {"beta": [0, -0.1, math.inf, math.nan], "label_smoothing": [-0.1, 0.5, 1, math.nan], "tau": [0, -1, 1.01, math.nan],
-       "gamma": [-0.1, math.inf, math.nan], "tokens_per_pair": [0, -1, math.nan, math.inf], "center": [-1, math.nan, math.inf],
+       "alpha": [-0.1, 1, math.nan], "gamma": [-0.1, math.inf, math.nan], "tokens_per_pair": [0, -1, math.nan, math.inf],
+       "center": [-1, math.nan, math.inf],
        "desirable_weight": [-1, math.nan, math.inf], "undesirable_weight": [-1, math.nan, math.inf]}
 WRONG = [(name, option, value) for name, loss in losses.LOSSES.items() for option in options_of(loss) for value in BAD[option]]
 

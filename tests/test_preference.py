@@ -21,7 +21,7 @@ from xalign.objectives import Preference
 from xalign.reference import cache_key, reference_logps
 from xalign.stages import micro_batches
 
-FREE = ("simpo", "cpo", "orpo", "sft")
+FREE = ("simpo", "cpo", "orpo", "sft", "unlikelihood")
 PAIRS = [EncodedPair([*range(1, 2 + n % 5)], [3 + n, *range(5, 6 + n % 3)], [4, 2 + n, *range(7, 8 + n % 4)]) for n in range(9)]
 
 

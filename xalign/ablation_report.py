@@ -45,6 +45,14 @@ class Row:
     seeds: list[int] = field(default_factory=list)
     figures: dict[str, list[float]] = field(default_factory=dict)
     trajectories: list[list[tuple[int, float, float]]] = field(default_factory=list)
+    shared: tuple[str, ...] = ()
+    """Settings that all rows of the report have alike."""
+    dpo: float = math.nan
+    """The reward of plain DPO at this row's KL; nan for DPO itself, and where no strength of it goes as far."""
+
+    @property
+    def own(self) -> dict[str, Any]:
+        return {k: v for k, v in self.run.own.items() if k not in self.shared}
 
     def mean(self, name: str) -> float:
         return float(np.mean(self.figures[name])) if self.figures.get(name) else math.nan
@@ -59,8 +67,7 @@ class Row:
     @property
     def line(self) -> tuple[str, str]:
         """Loss and what else is set but the strength: what one line of the picture joins."""
-        rest = [f"{k} {v}" for k, v in self.run.own.items() if k not in ("beta", "n", "rounds")]
-        return self.run.label, ", ".join(rest)
+        return self.run.label, self.run.told({k: v for k, v in self.own.items() if k not in ("beta", "n", "rounds", "alpha")})
 
 
 def rows_of(records: Sequence[tuple[Run, Mapping[str, Any]]]) -> list[Row]:
@@ -76,18 +83,52 @@ def rows_of(records: Sequence[tuple[Run, Mapping[str, Any]]]) -> list[Row]:
                 row.trajectories.append([tuple(point) for point in value])
             elif value is not None:
                 row.figures.setdefault(name, []).append(value)
-    return list(rows.values())
+    found = list(rows.values())
+    if len(found) > 1:
+        shared = set.intersection(*(set(row.run.own.items()) for row in found))
+        for row in found:
+            row.shared = tuple(name for name, _ in shared)
+    return found
 
 
 def table(rows: Sequence[Row]) -> str:
     """The table, in Markdown."""
     columns = COLUMNS[rows[0].run.world]
     shown = {k: title for k, title in columns.items() if any(row.figures.get(k) for row in rows)}
-    lines = [f"| loss | setting | seeds | {' | '.join(shown.values())} |", "|---" * (3 + len(shown)) + "|"]
+    titles = [*shown.values(), *["DPO's reward at this KL"] * any(row.dpo == row.dpo for row in rows)]
+    lines = [f"| loss | setting | seeds | {' | '.join(titles)} |", "|---" * (3 + len(titles)) + "|"]
     for row in rows:
-        values = " | ".join(row.told(name) for name in shown)
-        lines.append(f"| {row.run.label} | {row.run.setting} | {len(row.seeds)} | {values} |")
+        values = [*(row.told(name) for name in shown), "" if math.isnan(row.dpo) else f"{row.dpo:.3f}"][: len(titles)]
+        lines.append(f"| {row.run.label} | {row.run.told(row.own)} | {len(row.seeds)} | {' | '.join(values)} |")
     return "\n".join(lines)
+
+
+# -- against DPO ------------------------------------------------------------------------------------------------------
+
+
+def hold_against_dpo(rows: Sequence[Row], start: float) -> str:
+    """Set each row's `dpo`, the reward of offline DPO at its KL, and tell which rows are above it.
+
+    `start` is the reference's reward. Plain DPO differs from what all rows have alike in its β alone.
+    """
+    plain = [row for row in rows if row.run.method == "sigmoid" and set(row.own) <= {"beta"}]
+    others = [row for row in rows if row not in plain]
+    if not plain or not others or math.isnan(start):
+        return ""
+    groups: dict[str, list[str]] = {"above it, by more than its interval": [], "above it, within its interval": [],
+                                    "below it": [], "further from the reference than any β of DPO here": []}
+    clear, close, below, beyond = groups.values()
+    reach = max(row.mean("kl") for row in plain)
+    for row in others:
+        name = " ".join(filter(None, (row.run.label, row.run.told(row.own))))
+        if row.mean("kl") > reach:
+            beyond.append(f"{name} (KL {row.mean('kl'):.1f})")
+            continue
+        row.dpo = at_kl(plain, start, row.mean("kl"))
+        gain, half = row.mean("reward") - row.dpo, half_width(row.figures["reward"])
+        (below if gain <= 0 else clear if gain > half else close).append(f"{name} ({gain:+.3f})")
+    return "Reward at equal KL beside DPO's, which is read off between its β:\n\n" + "\n".join(
+        f"- {title}: {', '.join(names) or 'none'}" for title, names in groups.items())
 
 
 # -- what the exact world lets us check ------------------------------------------------------------------------------
@@ -157,7 +198,7 @@ def draw_lines(axis: Any, rows: Sequence[Row], name: str, colours: Mapping[tuple
                 axis.plot(row.figures["kl"], row.figures[name], ".", color=colours[line], markersize=2.5, alpha=0.6)
 
 
-def draw(folder: Path, rows: Sequence[Row], known: Frontier | None) -> list[tuple[str, str]]:
+def draw(folder: Path, rows: Sequence[Row], known: Frontier | None, start: float) -> list[tuple[str, str]]:
     """The frontier; gives (file, caption), nothing where matplotlib is missing."""
     plt = pyplot()
     if plt is None:
@@ -184,8 +225,7 @@ def draw(folder: Path, rows: Sequence[Row], known: Frontier | None) -> list[tupl
                     axes[0].plot([p[2] for p in path], [p[1] for p in path], color=colours[row.line], lw=0.6, alpha=0.5)
         axes[1].axhline(1, color="k", lw=1.5)
         caption += "; black is the best that any policy can have, stars are where DPO ends with pairs without end"
-    before = [value for row in rows for value in row.figures.get("reference_reward", [])]
-    axes[0].axhline(known.start if known else np.mean(before or [math.nan]), color="0.6", lw=0.8, ls="--")
+    axes[0].axhline(start, color="0.6", lw=0.8, ls="--")
     axes[0].set(title="reward", xlabel="KL to the reference, nats")
     axes[1].set(title=title, xlabel="KL to the reference, nats")
     for axis in axes:
@@ -208,12 +248,15 @@ def write_report(folder: Path, grid: str, records: Sequence[tuple[Run, Mapping[s
     known = frontier(folder)[2] if exact else None
     checked = checks(rows, known) if known else []
     done = sum(len(row.seeds) for row in rows)
-    shown = table(rows)
+    starts = [value for row in rows for value in row.figures.get("reference_reward", [])]
+    start = known.start if known else float(np.mean(starts or [math.nan]))
+    compared = hold_against_dpo(rows, start)
+    shown = "\n\n".join(filter(None, (table(rows), compared)))
     if done < planned:
         shown += f"\n\n{done} of {planned} runs" + "".join(f"\n\n{name} failed: {error}" for name, error in failed)
     if checked:
         shown += "\n\n" + "\n".join(f"- {'yes' if passed else 'NO'}: {text}" for text, passed in checked)
-    pictures = draw(folder, rows, known)
+    pictures = draw(folder, rows, known, start)
     revisions = sorted({str(record["revision"]) for _, record in records if "result" in record})
     versions = [json.loads(v) for v in sorted({json.dumps(record["versions"]) for _, record in records if "result" in record})]
     seconds = sum(record["seconds"] for _, record in records if "result" in record)
@@ -223,6 +266,8 @@ def write_report(folder: Path, grid: str, records: Sequence[tuple[Run, Mapping[s
               "rows": [_as_json(row) for row in rows], "checks": [{"text": t, "passed": p} for t, p in checked]}
     write_atomically(folder / "results.json", json.dumps(result, indent=2, ensure_ascii=False) + "\n")
     notes = "Means over seeds ± half of the 95 % t-interval."
+    if alike := {k: v for k, v in rows[0].run.own.items() if k in rows[0].shared}:
+        notes += f" All runs: {rows[0].run.told(alike)}."
     if known:
         notes += (f" The reference's reward is {known.start:.3f}. Reward and KL are exact, of all 15,625 texts; efficiency is "
                   "the gain of reward over the best at the same KL; the optimum is where the loss ends with pairs without end.")

@@ -89,6 +89,8 @@ class LossOptions:
     """Probability that a label is flipped, in [0, .5)."""
     gamma: float | None = None
     """Margin that simpo asks for, >= 0; none: .5."""
+    alpha: float | None = None
+    """What the rejected's likelihood counts in unlikelihood, in [0, 1); none: .5."""
     tau: float | None = None
     """How sharply discopop changes from one loss to the other, in (0, 1]; none: .05."""
     desirable_weight: float | None = None

@@ -126,7 +126,7 @@ class Frontier:
     def wins(self) -> Tensor:
         return wins(self.ref, self.reward, self.sharpness)
 
-    def optimum(self, method: str, beta: float | None = None, alpha: float = 0.0) -> Tensor | None:
+    def optimum(self, method: str, beta: float | None = None, alpha: float | None = None) -> Tensor | None:
         """Where a loss ends with pairs without end of the reference's texts and Bradley-Terry labels; None where not known.
 
         sigmoid: beta times the log-ratio is the labels' log-odds (arXiv 2305.18290, eq. 6), hence ref e^(4 r / beta).
@@ -138,7 +138,8 @@ class Frontier:
             values = self.sharpness * self.reward if method == "sigmoid" else self.wins
             return tilted(self.ref, values, 1 / beta)
         if method in ("sft", "unlikelihood"):
-            return (self.ref + (self.wins - alpha * (1 - self.wins)).clamp(min=0).log()).log_softmax(0)
+            taken = 0.0 if method == "sft" else 0.5 if alpha is None else alpha
+            return (self.ref + (self.wins - taken * (1 - self.wins)).clamp(min=0).log()).log_softmax(0)
         return None
 
 

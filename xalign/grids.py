@@ -12,14 +12,12 @@ A grid of one's own is a function in a file, `--grid mygrid.py:name`, made of th
 
 import dataclasses
 import runpy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from xalign.errors import ConfigError, XalignError, nearest
-
-BASELINES = ("best_of", "unlikelihood")  # besides the names of losses
 
 
 @dataclass(frozen=True)
@@ -34,6 +32,10 @@ class Run:
     seed: int = 0
     label_smoothing: float = 0.0
     gamma: float | None = None
+    alpha: float | None = None
+    """What unlikelihood subtracts of the rejected's log-likelihood, in [0, 1); none: .5."""
+    rounds: int = 1
+    """More than 1 is online: each round draws its share of the pairs from the policy as it is."""
     n: int = 1
     """Draws that best_of chooses from."""
     fraction: float = 1.0
@@ -50,7 +52,7 @@ class Run:
     @property
     def label(self) -> str:
         """The loss or baseline as a table names it."""
-        return ":".join(Path(self.method).name.rsplit(":", 1)).replace(".py:", ":")
+        return "online " * (self.rounds > 1) + ":".join(Path(self.method).name.rsplit(":", 1)).replace(".py:", ":")
 
     @property
     def own(self) -> dict[str, Any]:
@@ -58,11 +60,15 @@ class Run:
         given = {f.name: (getattr(self, f.name), f.default) for f in dataclasses.fields(self)}
         return {k: value for k, (value, default) in given.items() if value != default and k not in ("method", "seed")}
 
+    def told(self, settings: Mapping[str, Any]) -> str:
+        """Settings for a person: "β 0.3, noise 0.1"."""
+        return ", ".join(f"{self.letters.get(k, k)} {v:g}" if isinstance(v, int | float) else f"{k} {v}"
+                         for k, v in settings.items())
+
     @property
     def setting(self) -> str:
-        """The same for a person: "β 0.3, noise 0.1"."""
-        return ", ".join(f"{self.letters.get(k, k)} {v:g}" if isinstance(v, int | float) else f"{k} {v}"
-                         for k, v in self.own.items())
+        """The same of those that are not the default."""
+        return self.told(self.own)
 
     @property
     def name(self) -> str:
@@ -78,10 +84,6 @@ class ExactRun(Run):
     world: ClassVar[str] = "exact"
 
     labels: Literal["bradley-terry", "deterministic"] = "bradley-terry"
-    alpha: float = 0.0
-    """What unlikelihood subtracts of the rejected's log-likelihood, in [0, 1)."""
-    rounds: int = 1
-    """More than 1 is online: each round draws its share of the pairs from the policy as it is."""
     draws: int = 8000
     samples: int = 4
     steps: int = 600
@@ -90,10 +92,6 @@ class ExactRun(Run):
     warmup_steps: int = 50
     dim: int = 32
     evaluations: int = 10
-
-    @property
-    def label(self) -> str:
-        return "online " * (self.rounds > 1) + super().label
 
 
 @dataclass(frozen=True)
@@ -109,7 +107,7 @@ class TextRun(Run):
     """Epochs of imitation of the reference; 7 is the demo's. All runs of a grid share it."""
     prompts: int = 150
     """Held-out prompts to sample from."""
-    samples: int = 2
+    samples: int = 3
 
 
 Grid = Callable[[], Sequence[Run]]
@@ -160,22 +158,33 @@ def exact_data() -> list[Run]:
 TEXT_BETAS, TEXT_LOSSES = (0.05, 0.1, 0.3, 1.0), ("sigmoid", "ipo_sum", "kto", "simpo", "orpo")
 
 
+def text_baselines(base: TextRun) -> list[Run]:
+    """Preferred fine-tuning, unlikelihood, best of n."""
+    return [
+        *crossed(replace(base, method="sft"), seed=SEEDS),
+        *crossed(replace(base, method="unlikelihood"), alpha=(0.1, 0.3), seed=SEEDS),
+        *crossed(replace(base, method="best_of"), n=(2, 4, 16), seed=SEEDS),
+    ]
+
+
 @grid
 def text() -> list[Run]:
-    """The frontier on the toy world, whose gold reward is known: five losses, four strengths, three seeds; best of n."""
+    """The frontier on the toy world, whose gold reward is known: five losses, four strengths, three seeds; baselines."""
     return [
         *crossed(TextRun(), method=TEXT_LOSSES, beta=TEXT_BETAS, seed=SEEDS),
-        *crossed(TextRun(method="best_of"), n=(2, 4, 16), seed=SEEDS),
+        *crossed(TextRun(rounds=3), beta=(0.1, 0.3), seed=SEEDS),
+        *text_baselines(TextRun()),
     ]
 
 
 @grid
 def text_small() -> list[Run]:
     """The same with a third of the pairs, so that a laptop is done within the hour."""
-    base = TextRun(fraction=0.33, prompts=100)
+    base = TextRun(fraction=0.33)
     return [
         *crossed(base, method=TEXT_LOSSES, beta=TEXT_BETAS, seed=SEEDS),
-        *crossed(replace(base, fraction=1.0, method="best_of"), n=(2, 4, 16), seed=SEEDS),
+        *crossed(replace(base, rounds=3), beta=(0.1, 0.3), seed=SEEDS),
+        *text_baselines(base),
     ]
 
 

@@ -263,9 +263,21 @@ def sft(policy_chosen: Tensor, chosen_lengths: Tensor, *, tokens_per_pair: float
     return -policy_chosen / tokens_per_pair
 
 
+def unlikelihood(policy_chosen: Tensor, policy_rejected: Tensor, chosen_lengths: Tensor, rejected_lengths: Tensor, *,
+                 alpha: float = 0.5) -> Tensor:
+    """Unlikelihood, a baseline of the DPO paper (arXiv 2305.18290, section 6; Welleck et al. 2019, arXiv 1908.04319), (b,).
+
+    -log p(y_w) / n_w + alpha log p(y_l) / n_l, alpha in [0, 1). Unbounded below where nothing in the data is chosen that is
+    also rejected.
+    """
+    if not 0 <= alpha < 1:
+        raise ConfigError(f"alpha is {alpha!r}, allowed is a number in [0, 1): from 1 on the loss has no minimum")
+    return alpha * policy_rejected / rejected_lengths - policy_chosen / chosen_lengths
+
+
 LOSSES: dict[str, Callable[..., Tensor]] = {"sigmoid": dpo} | {
     loss.__name__: loss for loss in (robust, hinge, ipo, ipo_sum, exo_pair, nca_pair, bco_pair, sppo_hard, aot, aot_unpaired,
-                                     apo_zero, apo_down, discopop, sigmoid_norm, simpo, cpo, orpo, sft)}
+                                     apo_zero, apo_down, discopop, sigmoid_norm, simpo, cpo, orpo, sft, unlikelihood)}
 
 
 def kto(policy: Tensor, ref: Tensor, labels: Tensor, kl: Tensor | float, *, beta: float = 0.1,

@@ -334,7 +334,7 @@ def preference(config: DPOConfig, policy: nn.Module, reference: nn.Module | None
         weights = [float(weight) for weight in loss.loss_weights.split(",")] if loss.loss_weights else None
     except ValueError:
         raise ConfigError(f"--loss-weights is {loss.loss_weights}, allowed are numbers with commas between them") from None
-    own = ("gamma", "tau", "desirable_weight", "undesirable_weight")
+    own = ("gamma", "alpha", "tau", "desirable_weight", "undesirable_weight")
     return DPO(policy, beta=loss.beta, ref_model=reference, loss=loss.loss_type, label_smoothing=loss.label_smoothing,
                loss_weights=weights, loss_options={name: getattr(loss, name) for name in own}, divergence=loss.f_divergence,
                divergence_alpha=loss.f_alpha, ld_alpha=loss.ld_alpha, use_weighting=loss.use_weighting,

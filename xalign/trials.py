@@ -5,7 +5,7 @@ import json
 import random
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,10 @@ from xalign.grids import ExactRun, Run, TextRun, load
 from xalign.logprobs import sequence_logprobs
 from xalign.nn.transformer import TransformerWrapper
 from xalign.objectives import SFT, as_they_are
+from xalign.online import run_online
+from xalign.online_config import DrawOptions, OnlineConfig, OnlineOptions
 from xalign.prepare import EMBEDDED
+from xalign.rounds import EVALUATION
 from xalign.runs import METRICS, RunFolder, read_json, read_jsonl
 from xalign.stages import load_model, scratch_model
 from xalign.train import run_dpo, run_sft
@@ -69,14 +72,6 @@ def frontier(folder: Path) -> tuple[World, TransformerWrapper, Frontier]:
     """The exact world, the grid's reference, and what can be had from it."""
     world, reference = World(), load_pretrained(folder / "reference")[0]
     return world, reference, Frontier(world.logps(reference), world.reward)
-
-
-def unlikelihood(policy_chosen: Tensor, policy_rejected: Tensor, chosen_lengths: Tensor, rejected_lengths: Tensor, *,
-                 alpha: float = 0.5) -> Tensor:
-    """-log p(y_w) / n_w + alpha log p(y_l) / n_l, nats, (b,): a baseline of the DPO paper (arXiv 2305.18290, section 6)."""
-    if not 0 <= alpha < 1:
-        raise ConfigError(f"alpha is {alpha!r}, allowed is a number in [0, 1): from 1 on the loss has no minimum")
-    return alpha * policy_rejected / rejected_lengths - policy_chosen / chosen_lengths
 
 
 def run_exact(run: ExactRun, folder: Path, path: Path) -> dict[str, Any]:
@@ -160,10 +155,9 @@ def train_exact(run: ExactRun, world: World, reference: TransformerWrapper, know
     if run.steps % run.rounds:
         raise ConfigError(f"steps is {run.steps} for {run.rounds} rounds, allowed is a multiple")
     policy = copy.deepcopy(reference).requires_grad_(True)
-    loss: Any = unlikelihood if run.method == "unlikelihood" else run.method
-    loss = load(run.method, "method") if ".py:" in run.method else loss
-    own = {"gamma": run.gamma, "alpha": run.alpha if run.method == "unlikelihood" else None}
-    dpo = DPO(policy, beta=run.beta, ref_model=reference, loss=loss, label_smoothing=run.label_smoothing, loss_options=own)
+    loss: Any = load(run.method, "method") if ".py:" in run.method else run.method
+    dpo = DPO(policy, beta=run.beta, ref_model=reference, loss=loss, label_smoothing=run.label_smoothing,
+              loss_options={"gamma": run.gamma, "alpha": run.alpha})
     groups, per_round = max(1, round(run.draws * run.fraction / run.rounds)), run.steps // run.rounds
     pairs = run.samples * (run.samples - 1) // 2  # of a group
     sides, order, now = torch.zeros(2, 0), Schedule([1], 1, 0), -1
@@ -201,38 +195,62 @@ def fresh(path: Path) -> RunFolder:
 # -- the text world -------------------------------------------------------------------------------------------------
 
 
+def demo() -> dict[str, Any]:
+    """The settings of `make demo`, for models and texts of the toy world's size."""
+    found: dict[str, Any] = json.loads((EMBEDDED / "demo.json").read_text(encoding="utf-8"))
+    return found
+
+
 def make_text_reference(folder: Path, epochs: float) -> None:
     """A model that imitates the toy world's corpus, with data/demo.json's shape and settings, in <folder>/reference."""
-    demo = json.loads((EMBEDDED / "demo.json").read_text(encoding="utf-8"))
-    shape = {name: demo[name] for name in ("vocab_size", "dim", "depth", "heads")}
-    training = TrainingOptions(learning_rate=demo["sft_learning_rate"], batch_size=demo["sft_batch_size"], warmup_steps=50,
-                               num_train_epochs=epochs, bf16=demo["bf16"])
+    shape = {name: demo()[name] for name in ("vocab_size", "dim", "depth", "heads")}
+    training = TrainingOptions(learning_rate=demo()["sft_learning_rate"], batch_size=demo()["sft_batch_size"], warmup_steps=50,
+                               num_train_epochs=epochs, bf16=demo()["bf16"])
     made = folder / "reference-training"
-    run_sft(SFTConfig(model=ModelOptions(**shape), data=SFTDataOptions(max_length=demo["max_length"]), training=training,
+    run_sft(SFTConfig(model=ModelOptions(**shape), data=SFTDataOptions(max_length=demo()["max_length"]), training=training,
                       run=RunOptions(output_dir=str(made), eval_steps=0, save_steps=200)))
     model, tokenizer = load_pretrained(made / "policy")
     save_pretrained(model, folder / "reference", tokenizer)
 
 
 def run_text(run: TextRun, folder: Path, path: Path) -> dict[str, Any]:
-    """Train and measure a run in `path`, as `xalign dpo` does; gives its figures."""
+    """Train and measure a run in `path`, as `xalign dpo` or, of several rounds, `xalign online` do; gives its figures."""
     if run.method == "best_of":
         return best_of_text(run, folder / "reference")
-    demo = json.loads((EMBEDDED / "demo.json").read_text(encoding="utf-8"))
-    data = PreferenceDataOptions(dataset=changed_pairs(run, folder), eval_dataset=str(EMBEDDED / "test.jsonl"),
-                                 max_length=demo["max_length"])
     loss = LossOptions(loss_type=run.method, beta=run.beta, label_smoothing=run.label_smoothing, gamma=run.gamma,
-                       reference_cache=str(folder / "reference-logps"))
+                       alpha=run.alpha)
     training = TrainingOptions(learning_rate=run.learning_rate, batch_size=run.batch_size, num_train_epochs=run.epochs,
-                               bf16=demo["bf16"], seed=run.seed)
+                               bf16=demo()["bf16"], seed=run.seed)
+    options = RunOptions(output_dir=str(path), eval_steps=0, save_steps=50)
+    if run.rounds > 1:
+        return online_text(run, str(folder / "reference"), path, loss, training, options)
+    data = PreferenceDataOptions(dataset=changed_pairs(run, folder), eval_dataset=str(EMBEDDED / "test.jsonl"),
+                                 max_length=demo()["max_length"])
     evaluation = EvaluationOptions(eval_prompts=run.prompts, eval_samples=run.samples,
-                                   eval_max_new_tokens=demo["eval_max_new_tokens"])
-    run_dpo(DPOConfig(model=ModelOptions(model=str(folder / "reference")), data=data, loss=loss, training=training,
-                      run=RunOptions(output_dir=str(path), eval_steps=0, save_steps=50), evaluation=evaluation))
+                                   eval_max_new_tokens=demo()["eval_max_new_tokens"])
+    run_dpo(DPOConfig(model=ModelOptions(model=str(folder / "reference")), data=data, training=training, run=options,
+                      loss=replace(loss, reference_cache=str(folder / "reference-logps")), evaluation=evaluation))
     found = read_json(path / "evaluation.json")
     return {"reward": found["gold_policy"], "kl": found["kl"], "win_rate": found["win_rate"],
             "well_formed": found["well_formed_policy"], "tokens": found["length_policy"],
             "reference_reward": found["gold_reference"], "reference_well_formed": found["well_formed_reference"]}
+
+
+def online_text(run: TextRun, reference: str, path: Path, loss: LossOptions, training: TrainingOptions,
+                options: RunOptions) -> dict[str, Any]:
+    """Rounds whose pairs are two draws of the policy as it is, ordered by the known reward; as many pairs as offline."""
+    if run.noise:
+        raise ConfigError(f"noise is {run.noise} in {run.rounds} rounds, allowed is 0: the known reward orders online draws")
+    pairs = sum(1 for _ in iter_pairs(str(EMBEDDED / "train.jsonl")))
+    run_online(OnlineConfig(
+        online=OnlineOptions(model=reference, reward_model="gold", rounds=run.rounds, eval_prompts=run.prompts,
+                             prompts_per_round=max(1, int(run.fraction * pairs / run.rounds)), eval_samples=run.samples,
+                             max_length=demo()["max_length"]),
+        draw=DrawOptions(n=2, max_new_tokens=demo()["eval_max_new_tokens"], sample_batch_size=128),
+        loss=loss, training=training, run=options))
+    first, last = (read_json(path / f"round-{number}" / EVALUATION) for number in (0, run.rounds))
+    return {"reward": last["gold"], "kl": last["kl"], "win_rate": last["gold_win_rate"], "well_formed": last["well_formed"],
+            "tokens": last["tokens"], "reference_reward": first["gold"], "reference_well_formed": first["well_formed"]}
 
 
 def changed_pairs(run: TextRun, folder: Path) -> str | None:
@@ -253,9 +271,8 @@ def changed_pairs(run: TextRun, folder: Path) -> str | None:
 def best_of_text(run: TextRun, reference: Path) -> dict[str, Any]:
     """The best of n of the reference's samples by gold reward; its KL is at most ln n - (n - 1) / n, which is given."""
     model, tokenizer = load_model(str(reference), None, torch.device("cpu"))
-    limit = json.loads((EMBEDDED / "demo.json").read_text(encoding="utf-8"))["eval_max_new_tokens"]
     prompts = list(dict.fromkeys(str(p.prompt) for p in iter_pairs(str(EMBEDDED / "test.jsonl"))))[: run.prompts]
-    drawn = sample(model, tokenizer, prompts, run.n * run.samples, limit, run.seed)
+    drawn = sample(model, tokenizer, prompts, run.n * run.samples, demo()["eval_max_new_tokens"], run.seed)
     best = []
     for prompt, row in zip(prompts, drawn, strict=True):
         rated = [(toyworld.gold_reward(prompt, c.text), toyworld.is_well_formed(prompt, c.text), len(c.token_ids)) for c in row]
