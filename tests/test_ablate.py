@@ -265,7 +265,7 @@ def test_a_run_of_other_settings_is_refused(lab):
 def test_a_dry_run_lists_and_writes_nothing(tmp_path, capsys):
     main(["ablate", "--grid", "text", "--dry-run", "--output-dir", str(tmp_path / "none")])
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 69 and lines[0] == "to do     sigmoid-beta=0.05-seed=0" and not (tmp_path / "none").exists()
+    assert len(lines) == 84 and lines[0] == "to do     sigmoid-beta=0.05-seed=0" and not (tmp_path / "none").exists()
 
 
 def test_checks_say_no_where_a_run_is_off(lab):

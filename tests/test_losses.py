@@ -34,7 +34,7 @@ PAIR = ["policy_chosen", "policy_rejected", "ref_chosen", "ref_rejected"]
 LENGTHS = ["chosen_lengths", "rejected_lengths"]
 ARGUMENTS = dict.fromkeys(losses.LOSSES, PAIR) | {
     "ipo": PAIR + LENGTHS, "sigmoid_norm": PAIR + LENGTHS, "simpo": PAIR[:2] + LENGTHS, "cpo": PAIR[:2] + LENGTHS,
-    "orpo": PAIR[:2] + LENGTHS, "sft": ["policy_chosen", "chosen_lengths"]}
+    "orpo": PAIR[:2] + LENGTHS, "unlikelihood": PAIR[:2] + LENGTHS, "sft": ["policy_chosen", "chosen_lengths"]}
 
 
 def vectors(*columns, dtype=torch.double):
@@ -612,7 +612,7 @@ def same(ours, theirs, v, dtype):
         torch.testing.assert_close(a, b, **close)
 
 
-APART = {"ipo_sum", "simpo", "cpo", "orpo", "discopop", "exo_pair", "sft"}
+APART = {"ipo_sum", "simpo", "cpo", "orpo", "discopop", "exo_pair", "sft", "unlikelihood"}
 TRL = [(name, {}) for name in losses.LOSSES if name not in APART] + [
     ("robust", {"label_smoothing": 0.2}), ("exo_pair", {"label_smoothing": 1e-3}), ("exo_pair", {"label_smoothing": 0.3}),
     ("aot", {"label_smoothing": 0.2}), ("aot_unpaired", {"label_smoothing": 0.2})]
