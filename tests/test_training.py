@@ -21,7 +21,7 @@ from xalign.data.collate import EncodedExample, EncodedPair, Schedule, collate_e
 from xalign.errors import ConfigError, Diverged, Interrupted
 from xalign.evaluation.metrics import pairs_logps
 from xalign.logprobs import token_logprobs
-from xalign.objectives import SFT, Preference
+from xalign.objectives import SFT, Moving, Preference
 from xalign.optim import adamw, schedule
 from xalign.runs import METRICS, RunFolder, read_jsonl
 from xalign.stages import loop_options, micro_batches
@@ -62,8 +62,12 @@ def fit(folder: Path, kind: str = "sft", size: int = 4, accumulation: int = 1, s
             poison_once(model)
         return plain(step)
 
+    moving = None
     if kind == "sft":
         objective = SFT(model)
+    elif kind == "moving":
+        dpo = DPO(model, beta=0.3)
+        objective, moving = Preference(dpo), Moving(dpo, alpha=0.6, steps=2)
     else:
         dpo = DPO(model, beta=0.3)
         objective = Preference(dpo, pairs_logps(dpo, dpo.ref_model, PAIRS, 0))
@@ -71,7 +75,8 @@ def fit(folder: Path, kind: str = "sft", size: int = 4, accumulation: int = 1, s
     run = RunFolder(folder)
     folder.mkdir(exist_ok=True)
     train(model, objective, batches, steps, len(order), LoopOptions(**settings), run, title=kind,
-          evaluate=(lambda step: {"eval/loss": float(model.token_emb.weight.detach().sum())}) if evaluate else None)
+          evaluate=(lambda step: {"eval/loss": float(model.token_emb.weight.detach().sum())}) if evaluate else None,
+          moving=moving)
     return model, log(folder)
 
 
@@ -184,7 +189,7 @@ def test_cadence_and_names(tmp_path):
 # -- resume ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["sft", "dpo"])
+@pytest.mark.parametrize("kind", ["sft", "dpo", "moving"])
 @pytest.mark.parametrize("stop", [0, 2, 3, 5, 8])
 @pytest.mark.parametrize("options", [{"save_steps": 3, "dropout": 0.3}, {"save_steps": 2, "size": 2, "accumulation": 2},
                                      {"save_steps": 5, "logging_steps": 4, "bf16": True}])
@@ -582,6 +587,35 @@ def test_precomputed_reference_gives_the_same_run(tmp_path):
         return [r["loss"] for r in log(folder)]
 
     assert one(tmp_path / "a", True) == pytest.approx(one(tmp_path / "b", False), abs=1e-4)
+
+
+def test_a_reference_that_follows_the_policy(tmp_path):
+    """TR-DPO, by trl's arithmetic at trl's steps; until the first move the losses are those of a fixed reference."""
+    from trl.trainer.callbacks import SyncRefModelCallback
+
+    model = network()
+    dpo = DPO(model, beta=0.3)
+    theirs = network()
+    theirs.load_state_dict(model.state_dict())
+    moving = Moving(dpo, alpha=0.6, steps=3)
+    for step in range(1, 7):
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(step)))
+        moving.after(step)
+        if step % 3 == 0:
+            SyncRefModelCallback._sync_target_model(model, theirs, 0.6)
+        for a, b in zip(dpo.ref_model.parameters(), theirs.parameters(), strict=True):
+            torch.testing.assert_close(a, b)
+    assert not any(p.requires_grad for p in dpo.ref_model.parameters())
+
+    _, fixed = fit(tmp_path / "a", "dpo", logging_steps=1, model=network())
+    _, lines = fit(tmp_path / "b", "moving", logging_steps=1, model=network())
+    assert losses(lines)[:2] == pytest.approx(losses(fixed)[:2], rel=1e-5) and abs(losses(lines)[3] - losses(fixed)[3]) > 1e-3
+    with pytest.raises(ConfigError, match=r"ref_model_mixup_alpha is 0, allowed is a number in \(0, 1\]"):
+        Moving(dpo, 0, 3)
+    with pytest.raises(ConfigError, match="no reference stands beside the policy"):
+        Moving(DPO(model, loss="simpo"), 0.6, 3)
 
 
 def test_training_lowers_the_loss(tmp_path):

@@ -113,7 +113,13 @@ class LossOptions:
     """Folder of the reference, or its name on the hub; none: a frozen copy of the model before training. A loss without
     reference (simpo, cpo, orpo, sft) keeps none in memory while it trains."""
     precompute_ref_log_probs: bool = True
-    """Run the reference over all pairs once, before training."""
+    """Run the reference over all pairs once, before training; one that moves (--sync-ref-model) runs in each step."""
+    sync_ref_model: bool = False
+    """Let the reference follow the policy (TR-DPO)."""
+    ref_model_mixup_alpha: float = 0.6
+    """How far it moves: reference = alpha policy + (1 - alpha) reference, in (0, 1]; 1 is a copy of the policy."""
+    ref_model_sync_steps: int = 512
+    """Steps between its moves, at least 1."""
     reference_cache: str | None = None
     """Folder in which runs share these log-probabilities, found by weights, tokens and precision; none: the run's own, for as
     long as it lasts."""

@@ -1,5 +1,6 @@
 """What is minimised: (batch) -> mean loss and metrics, and what one batch weighs in the global mean."""
 
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from xalign import losses
 from xalign.data.collate import ExampleBatch, LabelledBatch, PairBatch, RankedBatch
 from xalign.dpo import DPO
+from xalign.errors import ConfigError
 from xalign.logprobs import scored_logprobs
 from xalign.nn.decoding import evaluating
 from xalign.nn.reward import RewardModel
@@ -29,6 +31,38 @@ class Objective(Protocol):
 
     def told(self, means: dict[str, float]) -> dict[str, float]:
         """What the log tells of such averages over steps."""
+
+
+@dataclass(frozen=True)
+class Moving:
+    """A reference that follows the policy: every `steps` steps ref <- alpha policy + (1 - alpha) ref, alpha in (0, 1].
+
+    TR-DPO (Gorbatovski et al. 2024, arXiv 2404.09656, section 3); 1 is its hard update. The reference runs in each step.
+    """
+
+    dpo: DPO
+    alpha: float
+    steps: int
+
+    def __post_init__(self) -> None:
+        if not 0 < self.alpha <= 1:
+            raise ConfigError(f"ref_model_mixup_alpha is {self.alpha!r}, allowed is a number in (0, 1]")
+        if self.steps < 1:
+            raise ConfigError(f"ref_model_sync_steps is {self.steps!r}, allowed is at least 1")
+        if self.dpo.ref_model is None:
+            raise ConfigError("sync_ref_model: no reference stands beside the policy, allowed is a loss that asks for one, "
+                              "without adapters")
+
+    @property
+    def reference(self) -> nn.Module:
+        assert self.dpo.ref_model is not None
+        return self.dpo.ref_model
+
+    @torch.no_grad()
+    def after(self, step: int) -> None:
+        if step % self.steps == 0:
+            for theirs, ours in zip(self.reference.parameters(), self.dpo.policy_model.parameters(), strict=True):
+                theirs.lerp_(ours.to(theirs.dtype), self.alpha)
 
 
 def as_they_are(means: dict[str, float]) -> dict[str, float]:

@@ -75,7 +75,8 @@ def rehearse_dpo(config: DPOConfig, device: torch.device) -> None:
         prompt, completion = encoded[0].prompt, getattr(encoded[0], side)
         print(f"\n{title}:")
         print(show_record(tokenizer, prompt + completion, [False] * len(prompt) + [True] * len(completion)))
-    reference = ("idle" if config.loss.precompute_ref_log_probs else "asked") if loss.compares else "late"
+    known = config.loss.precompute_ref_log_probs and not config.loss.sync_ref_model
+    reference = ("idle" if known else "asked") if loss.compares else "late"
     other = None
     if config.loss.ref_model:
         other = outline(config.loss.ref_model, allow_pickle=config.model.allow_pickle)[0].to(torch_dtype(config.run.dtype))

@@ -35,7 +35,7 @@ from xalign.evaluation.report import write_report
 from xalign.hf import torch_dtype
 from xalign.nn.lora import has_lora, load_lora, lora_state_dict, merge
 from xalign.nn.transformer import TransformerWrapper
-from xalign.objectives import KTO, Preference
+from xalign.objectives import KTO, Moving, Preference
 from xalign.prepare import (
     Source,
     Split,
@@ -118,7 +118,9 @@ def check(config: Any) -> None:
     cache = config.loss.reference_cache
     if cache and Path(cache).exists() and not Path(cache).is_dir():
         raise ConfigError(f"--reference-cache {cache} is a file, allowed is a folder, which need not exist")
-    if not preference(config, nn.Identity()).compares and config.loss.ref_model:
+    asked = preference(config, nn.Identity())
+    moved(config, asked)
+    if not asked.compares and config.loss.ref_model:
         raise ConfigError(f"--ref-model is {config.loss.ref_model}, but the loss {config.loss.loss_type} asks for no "
                           "reference: allowed is to leave it out")
 
@@ -308,7 +310,9 @@ def prefer(config: DPOConfig, run: RunFolder, data: Split[Any], examples: Source
         eval_rows = in_memory(encode_pairs, held_out, tokenizer, max_length, mode, "held out pairs")
     # a loss that asks for none, and adapters that play it when they are off: the model before alignment is read again
     reference = dpo.ref_model
-    if reference is None:
+    if reference is None or config.loss.sync_ref_model:
+        if given is not None and config.loss.sync_ref_model:
+            given = given_model(config, str(config.loss.ref_model), device)
         reference = given[0] if given is not None else load_pretrained(run.path / "reference", config.run.dtype, device)[0]
     if config.lora.lora_r is not None:  # from here on the policy is what was written: without adapters, not quantised
         del policy, dpo
@@ -388,9 +392,10 @@ def align(config: DPOConfig, run: RunFolder, dpo: DPO, tokenizer: Tokenizer, row
         weights = [dpo.components[0].options.get(f"{kind}desirable_weight", 1.0) for kind in ("", "un")]
         warn(unbalanced(int(rows.labels.sum()), int((~rows.labels).sum()), *weights))
     known = eval_known = None
+    moving = moved(config, dpo)
     watched = LanguageWatch(config.evaluation, tokenizer, policy)
     with autocast(device, training.bf16):
-        if dpo.compares and config.loss.precompute_ref_log_probs:
+        if dpo.compares and config.loss.precompute_ref_log_probs and moving is None:
             folder = Path(config.loss.reference_cache) if config.loss.reference_cache else run.path / "reference-logps"
             with dpo.reference() as reference:
                 known = reference_logps(dpo, reference, rows, visited(len(rows), order, steps), tokenizer.pad_id, folder,
@@ -420,9 +425,23 @@ def align(config: DPOConfig, run: RunFolder, dpo: DPO, tokenizer: Tokenizer, row
     if known is not None and dpo.ref_model is not None:
         dpo.ref_model.to("cpu")  # all that training asks of it is known; its room on a GPU is worth a larger batch
     train(policy, objective, batches, steps, len(order), options, run, tokenizer, title="dpo", evaluate=evaluate,
-          reference=dpo.ref_model if known is None else None)
+          reference=dpo.ref_model if known is None else None, moving=moving)
     if known is not None and dpo.ref_model is not None:
         dpo.ref_model.to(device)
+
+
+def moved(config: DPOConfig, dpo: DPO) -> Moving | None:
+    """The reference that follows the policy, where the settings ask for one. Raises `ConfigError` for those that don't fit."""
+    loss, run = config.loss, config.run
+    if loss.sync_ref_model:
+        if run.parallel == "fsdp" or run.checkpoint_type == "sharded" or config.lora.lora_r is not None:
+            raise ConfigError("--sync-ref-model with --parallel fsdp, --checkpoint-type sharded or --lora-r: none of these is "
+                              "allowed")
+        return Moving(dpo, loss.ref_model_mixup_alpha, loss.ref_model_sync_steps)
+    for f in fields(loss):
+        if f.name in ("ref_model_mixup_alpha", "ref_model_sync_steps") and getattr(loss, f.name) != f.default:
+            raise ConfigError(f"--{f.name.replace('_', '-')} goes with --sync-ref-model")
+    return None
 
 
 def visited(pairs: int, order: Schedule, steps: int) -> torch.Tensor:

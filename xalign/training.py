@@ -17,7 +17,7 @@ from tqdm import tqdm
 from xalign import distributed, sharding
 from xalign.checkpoint import put_trained
 from xalign.errors import Diverged, Interrupted
-from xalign.objectives import Objective
+from xalign.objectives import Moving, Objective
 from xalign.optim import adamw, schedule
 from xalign.runs import METRICS, RunFolder, read_jsonl
 from xalign.tokenizers import Tokenizer
@@ -94,14 +94,15 @@ class Window:
 def train(model: nn.Module, objective: Objective, batches: Callable[[int], Sequence[Any]], total_steps: int,
           steps_per_epoch: int, options: LoopOptions, run: RunFolder, tokenizer: Tokenizer | None = None, *,
           title: str = "train", evaluate: Callable[[int], dict[str, float]] | None = None,
-          reference: nn.Module | None = None) -> None:
+          reference: nn.Module | None = None, moving: Moving | None = None) -> None:
     """Train `model`'s parameters for `total_steps` optimizer steps, or for what is left of them after a checkpoint.
 
     `batches(step)` gives this process's micro-batches of a step and depends on nothing but `step`; there may be none, but of
     step 0. Losses are averaged over the step's tokens or pairs together, however they are split over micro-batches and
     processes; all processes take the same step, to the bit. `evaluate(step)` gives metrics for the log; rank 0 evaluates
     while the others wait. With `parallel` "fsdp" and several processes the model, and the `reference` where the objective runs
-    one beside it, are sharded; both are whole when rank 0 evaluates or saves, and in the end on rank 0.
+    one beside it, are sharded; both are whole when rank 0 evaluates or saves, and in the end on rank 0. A `moving` reference,
+    which is not sharded, is saved with the model.
     Raises `Diverged` at a loss or gradient that is not finite (with `on_nan` "skip" such a step leaves weights and optimizer
     alone, and only `MOST_SKIPPED` in a row raise), `Interrupted` after a signal, once all is saved.
     """
@@ -123,6 +124,8 @@ def train(model: nn.Module, objective: Objective, batches: Callable[[int], Seque
             sharding.load_shards(held, model, optimizer, state)
         else:
             sharding.load_optimizer(optimizer, state["optimizer"])
+        if moving is not None:
+            moving.reference.load_state_dict(state["reference"])
         first, window, (skipped, in_row) = state["step"], Window(state["window"]), state["skipped"]
         others = f", by {len(state['rng'])} processes" * (len(state["rng"]) != distributed.size())
         print(f"{title}: resumed after step {first} of {total_steps}{others}", file=sys.stderr)
@@ -148,6 +151,8 @@ def train(model: nn.Module, objective: Objective, batches: Callable[[int], Seque
             state["cuda_rng"] = distributed.gathered(torch.cuda.get_rng_state(device))
         if (options.checkpoint_type or {"fsdp": "sharded"}.get(options.parallel)) == "sharded":
             return str(run.save_by(step, lambda folder: sharding.save_shards(folder, model, optimizer, state)))
+        if moving is not None:
+            state["reference"] = moving.reference.state_dict()
         state["optimizer"] = sharding.optimizer_state(optimizer)
         with whole():
             return str(run.save(step, model, tokenizer, state))
@@ -202,6 +207,8 @@ def train(model: nn.Module, objective: Objective, batches: Callable[[int], Seque
             last = done == total_steps
             if all(math.isfinite(values[key]) for key in ("loss", "grad_norm")):
                 optimizer.step()
+                if moving is not None:
+                    moving.after(done)
                 window.add(values, total)
                 in_row = 0
             else:
