@@ -280,6 +280,7 @@ def test_checks_say_no_where_a_run_is_off(lab):
     told = checks(rows_of(records), known)
     assert [passed for _, passed in told] == [True, True, False, True, True], told
     assert at_kl(rows_of(records)[:2], known.start, 0) == known.start
+    assert at_kl(rows_of(records)[:2], known.start, 0.0, known) == pytest.approx(known.start)
 
 
 def test_a_part_of_the_pairs_with_flipped_labels(tmp_path):
@@ -358,7 +359,9 @@ def test_dpo_ends_at_its_population_optimum(tmp_path):
         assert row.mean("reward") == pytest.approx(row.mean("optimum_reward"), rel=0.15)
         assert row.mean("kl") == pytest.approx(row.mean("optimum_kl"), rel=0.25)
     assert min(row.mean("efficiency") for row in rows[:2]) > 0.85
-    assert at_kl(rows[:2], known.start, sft.mean("kl")) > sft.mean("reward")
+    assert at_kl(rows[:2], known.start, sft.mean("kl"), known) > sft.mean("reward")
+    between = (strong.mean("kl") + middle.mean("kl")) / 2
+    assert at_kl(rows[:2], known.start, between) < at_kl(rows[:2], known.start, between, known) < known.oracle(between)
     assert best.mean("kl") == pytest.approx(best_of_kl(16), rel=0.01)
 
 

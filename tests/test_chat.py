@@ -19,7 +19,6 @@ from xalign.backends.base import SamplingParams
 from xalign.backends.native import NativeBackend
 from xalign.chat import Session, Speaker, as_jinja, read_transcript
 from xalign.cli import SHORT, main
-from xalign.config import GenerateConfig
 from xalign.console import Console, cells, side_by_side, wrapped
 from xalign.data.chat_template import DEFAULT_TEMPLATE, ROLE_MARKERS, render, render_prompt, render_text
 from xalign.data.records import Message
@@ -27,6 +26,7 @@ from xalign.data.sources import read_pairs
 from xalign.display import Paint
 from xalign.errors import ConfigError, DataError
 from xalign.flags import parse
+from xalign.generate_config import GenerateConfig
 from xalign.nn.cache import Kept
 from xalign.repl import Repl, opened
 from xalign.tokenizers import ByteTokenizer

@@ -106,10 +106,10 @@ def table(rows: Sequence[Row]) -> str:
 # -- against DPO ------------------------------------------------------------------------------------------------------
 
 
-def hold_against_dpo(rows: Sequence[Row], start: float) -> str:
+def hold_against_dpo(rows: Sequence[Row], start: float, known: Frontier | None = None) -> str:
     """Set each row's `dpo`, the reward of offline DPO at its KL, and tell which rows are above it.
 
-    `start` is the reference's reward. Plain DPO differs from what all rows have alike in its β alone.
+    `start` is the reference's reward, `known` the exact world's. Plain DPO differs from what all rows share in its β alone.
     """
     plain = [row for row in rows if row.run.method == "sigmoid" and set(row.own) <= {"beta"}]
     others = [row for row in rows if row not in plain]
@@ -124,7 +124,7 @@ def hold_against_dpo(rows: Sequence[Row], start: float) -> str:
         if row.mean("kl") > reach:
             beyond.append(f"{name} (KL {row.mean('kl'):.1f})")
             continue
-        row.dpo = at_kl(plain, start, row.mean("kl"))
+        row.dpo = at_kl(plain, start, row.mean("kl"), known)
         gain, half = row.mean("reward") - row.dpo, half_width(row.figures["reward"])
         (below if gain <= 0 else clear if gain > half else close).append(f"{name} ({gain:+.3f})")
     return "Reward at equal KL beside DPO's, which is read off between its β:\n\n" + "\n".join(
@@ -134,11 +134,16 @@ def hold_against_dpo(rows: Sequence[Row], start: float) -> str:
 # -- what the exact world lets us check ------------------------------------------------------------------------------
 
 
-def at_kl(rows: Sequence[Row], start: float, budget: float) -> float:
-    """The reward of a frontier of rows at a KL, between its means; it is nearly straight in the root of the KL."""
-    points = [(0.0, start), *sorted((row.mean("kl"), row.mean("reward")) for row in rows)]
-    roots, rewards = zip(*((math.sqrt(max(0.0, x)), y) for x, y in points), strict=True)
-    return float(np.interp(math.sqrt(max(0.0, budget)), roots, rewards))
+def at_kl(rows: Sequence[Row], start: float, budget: float, known: Frontier | None = None) -> float:
+    """The reward of a frontier of rows at a KL, between their means in the root of the KL; there rewards are nearly straight.
+
+    Where the oracle is known it is the efficiency that is read off, since between two far points the reward bends.
+    """
+    name, first = ("efficiency", []) if known else ("reward", [(0.0, start)])
+    points = [*first, *sorted((row.mean("kl"), row.mean(name)) for row in rows)]
+    roots, values = zip(*((math.sqrt(max(0.0, x)), y) for x, y in points), strict=True)
+    found = float(np.interp(math.sqrt(max(0.0, budget)), roots, values))
+    return start + found * (known.oracle(budget) - start) if known else found
 
 
 def checks(rows: Sequence[Row], known: Frontier) -> list[tuple[str, bool]]:
@@ -159,7 +164,7 @@ def checks(rows: Sequence[Row], known: Frontier) -> list[tuple[str, bool]]:
         found.append((f"DPO's efficiency is at least .85 at every β: {least:.3f}", least >= 0.85))
     for row in rows if plain else ():
         if row.run.method in ("sft", "unlikelihood"):
-            there = at_kl(plain, known.start, row.mean("kl"))
+            there = at_kl(plain, known.start, row.mean("kl"), known)
             name = " ".join(filter(None, (row.run.label, row.run.setting)))
             budget, reward = row.mean("kl"), row.mean("reward")
             found.append((f"DPO is above {name} at its KL of {budget:.3f}: {there:.3f} against {reward:.3f}", there > reward))
@@ -250,7 +255,7 @@ def write_report(folder: Path, grid: str, records: Sequence[tuple[Run, Mapping[s
     done = sum(len(row.seeds) for row in rows)
     starts = [value for row in rows for value in row.figures.get("reference_reward", [])]
     start = known.start if known else float(np.mean(starts or [math.nan]))
-    compared = hold_against_dpo(rows, start)
+    compared = hold_against_dpo(rows, start, known)
     shown = "\n\n".join(filter(None, (table(rows), compared)))
     if done < planned:
         shown += f"\n\n{done} of {planned} runs" + "".join(f"\n\n{name} failed: {error}" for name, error in failed)

@@ -87,10 +87,11 @@ COMMANDS: dict[str, Program] = {
     "reward": Program(
         "train a reward model on preference pairs", "config.RewardConfig", "train_reward.run_reward", STAGES),
     "generate": Program(
-        "continue prompts with a trained model (generate.py)", "config.GenerateConfig", "complete.run_generate",
+        "continue prompts with a trained model (generate.py)", "generate_config.GenerateConfig", "complete.run_generate",
         prepared=_compare_alone),
     "chat": Program(
-        "talk to a model, or to two side by side (generate.py --chat)", "config.GenerateConfig", "complete.run_generate",
+        "talk to a model, or to two side by side (generate.py --chat)", "generate_config.GenerateConfig",
+        "complete.run_generate",
         prepared=lambda arguments: ["--chat", *_compare_alone(arguments)]),
     "score": Program(
         "score replies with a reward model, a DPO policy or a server; --serve does it over HTTP", "score_config.ScoreConfig",

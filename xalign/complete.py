@@ -7,11 +7,11 @@ from pathlib import Path
 
 from xalign.backends.base import SamplingParams
 from xalign.backends.native import NativeBackend
-from xalign.config import GenerateConfig, PromptOptions
 from xalign.data.records import Message, Text
 from xalign.data.sources import read_prompts
 from xalign.errors import ConfigError, DataError
 from xalign.evaluate_config import ComparedDataOptions
+from xalign.generate_config import GenerateConfig, PromptOptions
 from xalign.loading import load
 from xalign.prepare import say
 from xalign.repl import run_chat, talks

@@ -6,8 +6,9 @@ from xalign import backends
 from xalign.adapters import load_adapter
 from xalign.backends.base import Backend
 from xalign.backends.native import NativeBackend
-from xalign.config import PromptOptions, QuantOptions, SamplingOptions
+from xalign.config import QuantOptions
 from xalign.errors import ConfigError
+from xalign.generate_config import PromptOptions, SamplingOptions
 from xalign.nn.lora import merge
 from xalign.stages import choose_device, load_model
 

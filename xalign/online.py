@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from xalign import distributed
 from xalign.checkpoint import atomic_folder, outline
+from xalign.checks import VOLATILE, check
 from xalign.collect import as_json
 from xalign.complete import as_prompt
 from xalign.config import flatten
@@ -60,7 +61,6 @@ from xalign.runs import METRICS, RunFolder, read_json
 from xalign.score_config import ScoreOptions
 from xalign.stages import choose_device, is_toy
 from xalign.tokenizers import load_tokenizer
-from xalign.train import VOLATILE, check
 
 REPORT = "report.md"
 

@@ -17,11 +17,11 @@ from typing import Any, get_type_hints
 
 from xalign.backends.base import SamplingParams
 from xalign.chat import INPUT_TEMPLATE, Reply, Session, Speaker, held_out_perplexity
-from xalign.config import GenerateConfig
 from xalign.console import Console, columns, side_by_side, table
 from xalign.display import Paint, visible
 from xalign.errors import ConfigError, XalignError, nearest
 from xalign.flags import LIMITS
+from xalign.generate_config import GenerateConfig
 from xalign.loading import load
 from xalign.nn.quantize import QuantizedLinear
 from xalign.prepare import say

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from xalign import backends, scoring
 from xalign.backends.base import Completion
+from xalign.checks import preference
 from xalign.collect import as_json
 from xalign.config import DPOConfig, ModelOptions, PreferenceDataOptions, SFTConfig, SFTDataOptions
 from xalign.data.files import raw_records
@@ -36,7 +37,7 @@ from xalign.runs import RunFolder, strict
 from xalign.score import chunked
 from xalign.scoring import Scorer
 from xalign.stages import choose_device, load_model
-from xalign.train import preference, run_dpo, run_sft
+from xalign.train import run_dpo, run_sft
 
 COMPLETIONS, SCORES, SAMPLES, EVALUATION = "completions.jsonl", "scores.jsonl", "samples.jsonl", "evaluation.json"
 LEARNT = {"dpo": "pairs.jsonl", "rs": "best.jsonl", "csft": "conditioned.jsonl"}

@@ -3,7 +3,6 @@
 import shutil
 import time
 from collections.abc import Iterable
-from dataclasses import fields
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,8 @@ import torch.nn as nn
 
 from xalign import distributed
 from xalign.adapters import adapt, save_adapter, unplaced
-from xalign.checkpoint import load_pretrained, outline, save_pretrained
+from xalign.checkpoint import load_pretrained, save_pretrained
+from xalign.checks import Config, check, claim, moved, preference
 from xalign.config import DPOConfig, QuantOptions, RewardConfig, SFTConfig, flatten
 from xalign.data.chat_template import render_prompt
 from xalign.data.collate import (
@@ -35,11 +35,10 @@ from xalign.evaluation.report import write_report
 from xalign.hf import torch_dtype
 from xalign.nn.lora import has_lora, load_lora, lora_state_dict, merge
 from xalign.nn.transformer import TransformerWrapper
-from xalign.objectives import KTO, Moving, Preference
+from xalign.objectives import KTO, Preference
 from xalign.prepare import (
     Source,
     Split,
-    data_digest,
     encode_examples,
     encode_pairs,
     encode_texts,
@@ -75,90 +74,6 @@ from xalign.stages import (
 from xalign.tokenizers import Tokenizer
 from xalign.training import autocast, train
 from xalign.watch import missing_end, sampled_kl, unbalanced, warn
-
-# settings that may differ when a run is resumed: they change nothing in what is computed
-VOLATILE = ("profile", "resume", "overwrite", "dry_run", "report_to", "output_dir", "reference_cache", "parallel",
-            "checkpoint_type")
-Config = DPOConfig | RewardConfig | SFTConfig
-
-
-def claim(config: Any, program: str) -> RunFolder:
-    """Take the run's folder for this process and configuration; see `RunFolder.claim`."""
-    run = config.run
-    folder = RunFolder(run.output_dir or Path("runs") / (run.run_name or program))
-    if run.resume and not (folder.path / "config.json").exists():
-        raise ConfigError(f"--resume: there is no run in {folder.path}")
-    if run.resume and run.overwrite:
-        raise ConfigError("--resume and --overwrite are both given, allowed is one of them")
-    settings = {"program": program, **{k: v for k, v in flatten(config).items() if k not in VOLATILE}}
-    names = [settings.get(name) or () for name in ("dataset", "eval_dataset", "sft_dataset", "eval_text")]
-    files = [file for value in names for file in ((value,) if isinstance(value, str) else value)]
-    settings["data_sha256"] = distributed.once(lambda: data_digest(files))
-    folder.claim({k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}, run.overwrite)
-    return folder
-
-
-def check(config: Any) -> None:
-    """Refuse before anything is read or trained what could only fail after it."""
-    refuse_half_adapters(config)
-    refuse_sharded_adapters(config)
-    if config.model.model:
-        refuse_unused(config)
-        if config.lora.lora_r is not None:
-            given = config.model
-            adapt(outline(str(given.model), allow_pickle=given.allow_pickle, revision=given.revision,
-                          rewards=isinstance(config, RewardConfig))[0], config.lora)
-    else:
-        if config.model.revision is not None:
-            raise ConfigError(f"--revision {config.model.revision} goes with --model")
-        with torch.device("meta"):
-            adapt(scratch_model(config.model, config.model.vocab_size, 0), config.lora)
-    if not isinstance(config, DPOConfig):
-        return
-    cache = config.loss.reference_cache
-    if cache and Path(cache).exists() and not Path(cache).is_dir():
-        raise ConfigError(f"--reference-cache {cache} is a file, allowed is a folder, which need not exist")
-    asked = preference(config, nn.Identity())
-    moved(config, asked)
-    if not asked.compares and config.loss.ref_model:
-        raise ConfigError(f"--ref-model is {config.loss.ref_model}, but the loss {config.loss.loss_type} asks for no "
-                          "reference: allowed is to leave it out")
-
-
-def refuse_sharded_adapters(config: Any) -> None:
-    """Adapters are small: every process holds them whole, and their frozen base too."""
-    t = config.run
-    sharded = "--parallel fsdp" if t.parallel == "fsdp" else "--checkpoint-type sharded" * (t.checkpoint_type == "sharded")
-    if sharded and config.lora.lora_r is not None:
-        raise ConfigError(f"{sharded} and --lora-r {config.lora.lora_r} are both given, allowed is one of them")
-
-
-def refuse_unused(config: Any) -> None:
-    """Settings of a model from scratch say nothing about a given one: whoever sets one expects something else."""
-    given = ("model", "revision", "allow_pickle")
-    groups = [config.model, *([config.sft] if isinstance(config, DPOConfig | RewardConfig) else [])]
-    unused = [(f, getattr(g, f.name)) for g in groups for f in fields(g) if f.name not in given]
-    names = [f.name for f, value in unused if value != f.default]
-    names += ["sft_dataset"] if getattr(config.data, "sft_dataset", None) else []
-    if names:
-        raise ConfigError(f"--{names[0].replace('_', '-')} is for a model from scratch, but --model is {config.model.model}: "
-                          "allowed is one of them")
-
-
-def refuse_half_adapters(config: Config) -> None:
-    """Refuse settings of adapters without adapters: whoever sets one expects them."""
-    quantisation(config.quant)
-    if config.lora.lora_r is not None:
-        if isinstance(config, SFTConfig) and not config.model.model:
-            raise ConfigError(f"--lora-r is {config.lora.lora_r} for a model from scratch, allowed are adapters of a --model")
-        return
-    for flag in ("load_in_8bit", "load_in_4bit"):
-        if getattr(config.quant, flag):
-            raise ConfigError(f"--{flag.replace('_', '-')} without --lora-r: quantised weights can't be trained, allowed is to "
-                              "train adapters (--lora-r 16), or without quantisation")
-    for f in fields(config.lora):
-        if getattr(config.lora, f.name) != f.default:
-            raise ConfigError(f"--{f.name.replace('_', '-')} goes with --lora-r, the adapters' rank")
 
 
 def start_reporting(config: Any, run: RunFolder) -> None:
@@ -331,20 +246,6 @@ def prefer(config: DPOConfig, run: RunFolder, data: Split[Any], examples: Source
     return write_report(run.path, title, result, flatten(config))
 
 
-def preference(config: DPOConfig, policy: nn.Module, reference: nn.Module | None = None) -> DPO:
-    """The loss module; raises `ConfigError` for settings that the loss does not allow."""
-    loss = config.loss
-    try:
-        weights = [float(weight) for weight in loss.loss_weights.split(",")] if loss.loss_weights else None
-    except ValueError:
-        raise ConfigError(f"--loss-weights is {loss.loss_weights}, allowed are numbers with commas between them") from None
-    own = ("gamma", "alpha", "tau", "desirable_weight", "undesirable_weight")
-    return DPO(policy, beta=loss.beta, ref_model=reference, loss=loss.loss_type, label_smoothing=loss.label_smoothing,
-               loss_weights=weights, loss_options={name: getattr(loss, name) for name in own}, divergence=loss.f_divergence,
-               divergence_alpha=loss.f_alpha, ld_alpha=loss.ld_alpha, use_weighting=loss.use_weighting,
-               share_prefix=loss.share_prefix, packed=loss.packed)
-
-
 def same_ids(one: Tokenizer, other: Tokenizer, records: list[PreferencePair | Labelled]) -> bool:
     """Whether two tokenizers agree, judged by their size and the beginning of the data."""
     first = [encode_labelled(text, t) for t in (one, other) for r in records[:20] for text in unpaired(r)]
@@ -428,20 +329,6 @@ def align(config: DPOConfig, run: RunFolder, dpo: DPO, tokenizer: Tokenizer, row
           reference=dpo.ref_model if known is None else None, moving=moving)
     if known is not None and dpo.ref_model is not None:
         dpo.ref_model.to(device)
-
-
-def moved(config: DPOConfig, dpo: DPO) -> Moving | None:
-    """The reference that follows the policy, where the settings ask for one. Raises `ConfigError` for those that don't fit."""
-    loss, run = config.loss, config.run
-    if loss.sync_ref_model:
-        if run.parallel == "fsdp" or run.checkpoint_type == "sharded" or config.lora.lora_r is not None:
-            raise ConfigError("--sync-ref-model with --parallel fsdp, --checkpoint-type sharded or --lora-r: none of these is "
-                              "allowed")
-        return Moving(dpo, loss.ref_model_mixup_alpha, loss.ref_model_sync_steps)
-    for f in fields(loss):
-        if f.name in ("ref_model_mixup_alpha", "ref_model_sync_steps") and getattr(loss, f.name) != f.default:
-            raise ConfigError(f"--{f.name.replace('_', '-')} goes with --sync-ref-model")
-    return None
 
 
 def visited(pairs: int, order: Schedule, steps: int) -> torch.Tensor:

@@ -8,6 +8,7 @@ import torch
 
 from xalign import distributed
 from xalign.checkpoint import holds_reward, load_reward, save_pretrained
+from xalign.checks import check, claim
 from xalign.config import RewardConfig, flatten
 from xalign.data.chat_template import render_prompt
 from xalign.data.collate import EncodedRanked, Schedule, collate_ranked
@@ -33,7 +34,7 @@ from xalign.stages import (
     window,
 )
 from xalign.tokenizers import Tokenizer
-from xalign.train import base_model, check, claim, data_key, forget, given_model, put_adapters, start_reporting
+from xalign.train import base_model, data_key, forget, given_model, put_adapters, start_reporting
 from xalign.training import autocast, train
 from xalign.watch import missing_end, warn
 
