@@ -57,7 +57,8 @@ def folders(tmp_path_factory, chat_tokenizer) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def theirs(folders) -> dict[str, HFLM]:
-    return {kind: HFLM(pretrained=str(path), device="cpu", batch_size=5) for kind, path in folders.items()}
+    # with its cache, requests that are the same tokens but for the last, cut at different places, get each other's numbers
+    return {kind: HFLM(pretrained=str(path), device="cpu", batch_size=5, logits_cache=False) for kind, path in folders.items()}
 
 
 def requests(kind: str, arguments) -> list[Instance]:
@@ -172,9 +173,9 @@ def evaluated(model, tasks, **options):
     return simple_evaluate(model, tasks=tasks, task_manager=TaskManager(include_defaults=False), bootstrap_iters=0, **options)
 
 
-def test_tasks_give_what_hf_gives(folders, theirs, tasks):
+def test_tasks_give_what_hf_gives(folders, tasks):
     found = evaluated(XalignLM(folders["own"]), tasks)
-    expected = evaluated(theirs["own"], tasks)
+    expected = evaluated(HFLM(pretrained=str(folders["own"]), device="cpu", batch_size=5), tasks)
     assert {name: len(rows) for name, rows in found["samples"].items()} == {"choice": 50, "rolling": 12, "write": 6}
     for name, results in expected["results"].items():
         for metric, value in results.items():
