@@ -13,6 +13,7 @@ from conftest import LLAMA, tiny
 from tokenizer_folders import write
 
 from xalign import save_pretrained
+from xalign.cli import COMMANDS
 from xalign.data import toyworld
 from xalign.errors import ConfigError, DataError, UnknownOption
 from xalign.tokenizers import load_tokenizer
@@ -283,6 +284,11 @@ def test_bad_arguments_are_told_in_a_line(folders, options, told):
     assert "\n" not in str(error.value)
 
 
+def test_a_model_must_be_named():
+    with pytest.raises(ConfigError, match="pretrained=FOLDER"):
+        XalignLM()
+
+
 @pytest.mark.parametrize(("kwargs", "told"), [
     ({"typical_p": 0.5}, "typical_p"), ({"num_beams": 4}, "num_beams is 4"), ({"top_p": 2}, "top_p is 2"),
     ({"max_gen_toks": WINDOW}, f"less than the {WINDOW}"), ({"max_gen_toks": "x"}, "generation_kwargs"),
@@ -317,6 +323,13 @@ def command(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-m", "xalign", "lm-eval", *arguments], cwd=ROOT, capture_output=True, text=True)
 
 
+def test_without_lm_eval_the_command_names_its_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.delitem(sys.modules, "lm_eval.__main__", raising=False)
+    with pytest.raises(ConfigError, match=r"pip install 'xalign\[lm-eval\]'"):
+        COMMANDS["lm-eval"](["--tasks", "arc_easy"], "xalign lm-eval")
+
+
 @pytest.mark.slow
 def test_the_command_is_lm_evals_own_with_our_model_in_it(folders, tasks, tmp_path):
     for task in tasks:
@@ -331,7 +344,7 @@ def test_the_command_is_lm_evals_own_with_our_model_in_it(folders, tasks, tmp_pa
     assert found["choice"]["acc,none"] == expected["choice"]["acc,none"]
     assert found["rolling"]["word_perplexity,none"] == pytest.approx(expected["rolling"]["word_perplexity,none"])
     for arguments, told in ((("--model_args", f"pretrained={folders['own']},max_lenght=3", *given[2:]), "'max_length'?"),
-                            (given[2:], "pretrained=FOLDER"), ((*given[:2], "--tasks", "nothing"), "not found: nothing")):
+                            ((*given[:2], "--tasks", "nothing"), "not found: nothing")):
         wrong = command(*arguments)
         assert wrong.returncode == 2 and wrong.stderr.strip().endswith(told), wrong.stderr[-2000:]
     assert command(*given, "--model", "dummy").stdout.count("dummy (") == 1  # what is given counts

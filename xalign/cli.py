@@ -46,17 +46,19 @@ class Harness(Program):
 
     def __call__(self, arguments: Sequence[str], program: str) -> None:
         try:
-            import lm_eval.models  # noqa: F401 (fills the registry)
             from lm_eval.__main__ import cli_evaluate
-            from lm_eval.api.registry import model_registry
         except ImportError as error:
             raise ConfigError(f"{program} needs lm-eval: pip install 'xalign[lm-eval]'") from error
-        if "xalign" not in model_registry:
-            model_registry.register("xalign", target="xalign.harness:XalignLM")
         before = [] if arguments and arguments[0] in ("run", "ls", "validate", "-h", "--help") else ["run"]
         words = [*before, *arguments] if arguments else []
-        if words[:1] == ["run"] and words[1:] and not {"-C", "--config"} & {word.partition("=")[0] for word in words}:
-            words[1:1] = ["--model", "xalign", "--batch_size", "auto"]  # what is given after them counts
+        if words[:1] == ["run"] and words[1:]:
+            import lm_eval.models  # noqa: F401 (fills the registry)
+            from lm_eval.api.registry import model_registry
+
+            if "xalign" not in model_registry:
+                model_registry.register("xalign", target="xalign.harness:XalignLM")
+            if not {"-C", "--config"} & {word.partition("=")[0] for word in words}:
+                words[1:1] = ["--model", "xalign", "--batch_size", "auto"]  # what is given after them counts
         sys.argv = [program, *words]
         try:
             cli_evaluate()
