@@ -170,8 +170,7 @@ def test_every_public_name_is_there():
 @pytest.mark.parametrize("arguments", ["dpo --help", "sft --help", "generate --help", "--help", "--version", "nonsense",
                                        "dpo --bata 1", "dpo --print-config", "data inspect --help", "score --help",
                                        "rewardbench --help", "reward --help", "collect --help", "annotate --help",
-                                       "binarize --help", "chat --help", "evaluate --help", "online --help", "ablate --help",
-                                       "lm-eval --help"])
+                                       "binarize --help", "chat --help", "evaluate --help", "online --help", "ablate --help"])
 def test_help_and_mistakes_load_nothing_heavy(arguments):
     code = ("import sys\nfrom xalign.cli import main\ntry: main(sys.argv[1:])\nexcept SystemExit: pass\n"
             f"loaded = [m for m in {HEAVY} if m in sys.modules]\nassert not loaded, loaded")

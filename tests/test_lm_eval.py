@@ -323,6 +323,13 @@ def command(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-m", "xalign", "lm-eval", *arguments], cwd=ROOT, capture_output=True, text=True)
 
 
+def test_help_is_lm_evals_own_and_loads_no_torch():
+    code = ("import sys\nfrom xalign.cli import main\ntry: main(['lm-eval', '--help'])\n"
+            "except SystemExit: pass\nassert not {'torch', 'transformers', 'datasets'} & set(sys.modules)")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "usage: lm-eval" in done.stdout, done.stderr
+
+
 def test_without_lm_eval_the_command_names_its_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     monkeypatch.delitem(sys.modules, "lm_eval.__main__", raising=False)
