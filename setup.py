@@ -13,6 +13,7 @@ EXTRAS = {
     "openai": ["openai>=1.98"],
     "transformers": ["transformers>=4.57"],
     "4bit": ["bitsandbytes>=0.46"],
+    "lm-eval": ["lm-eval>=0.4.10"],
     # peers that the tests compare with, and the tools that check the code
     "dev": [
         "hypothesis>=6.100", "mypy>=1.10", "pexpect>=4.9", "pytest>=8", "pytest-xdist>=3.6", "ruff>=0.6", "scipy>=1.11",
@@ -20,7 +21,7 @@ EXTRAS = {
         "fastapi>=0.115", "uvicorn>=0.30",  # what `transformers serve` runs on
     ],
 }
-EXTRAS["dev"] += [package for extra in ("hf", "parquet", "serve", "openai", "yaml") for package in EXTRAS[extra]]
+EXTRAS["dev"] += [package for extra in ("hf", "parquet", "serve", "openai", "yaml", "lm-eval") for package in EXTRAS[extra]]
 
 setup(
     name="xalign",

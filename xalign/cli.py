@@ -41,6 +41,33 @@ def _named(path: str) -> Any:
     return getattr(importlib.import_module(f"xalign.{module}"), name)
 
 
+class Harness(Program):
+    """lm-evaluation-harness's own command line, in which `--model xalign` is known and the default."""
+
+    def __call__(self, arguments: Sequence[str], program: str) -> None:
+        try:
+            from lm_eval.__main__ import cli_evaluate
+        except ImportError as error:
+            raise ConfigError(f"{program} needs lm-eval: pip install 'xalign[lm-eval]'") from error
+        before = [] if arguments and arguments[0] in ("run", "ls", "validate", "-h", "--help") else ["run"]
+        words = [*before, *arguments] if arguments else []
+        if words[:1] == ["run"] and words[1:]:
+            import lm_eval.models  # noqa: F401 (fills the registry)
+            from lm_eval.api.registry import model_registry
+
+            if "xalign" not in model_registry:
+                model_registry.register("xalign", target="xalign.harness:XalignLM")
+            if not {"-C", "--config"} & {word.partition("=")[0] for word in words}:
+                words[1:1] = ["--model", "xalign", "--batch_size", "auto"]  # what is given after them counts
+        sys.argv = [program, *words]
+        try:
+            cli_evaluate()
+        except ValueError as error:  # before a model is loaded, of the settings: no such task, two that exclude each other
+            if isinstance(error, XalignError) or "xalign.harness" in sys.modules:
+                raise
+            raise ConfigError(str(error)) from error
+
+
 def _compare_alone(arguments: Sequence[str]) -> list[str]:
     """--compare may stand without a value."""
     following = [*arguments[1:], "-"][: len(arguments)]
@@ -116,6 +143,8 @@ COMMANDS: dict[str, Program] = {
     "ablate": Program(
         "train a grid of ablations in a world whose best is known, with intervals over seeds", "grids.AblateConfig",
         "ablate.run_ablate", "finished runs"),
+    "lm-eval": Harness(
+        "run a model through EleutherAI's lm-evaluation-harness (its own options)", "", ""),
     "data inspect": Program(
         "show what a file of records holds and what training would make of it", "config.InspectConfig",
         "inspection.run_inspect", prepared=_file_as_flag),

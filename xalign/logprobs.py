@@ -87,3 +87,17 @@ def sequence_logprobs(model: nn.Module, tokens: Tensor, loss_mask: Tensor, mask:
     """Log-probability of the scored tokens of each row, summed over loss_mask[:, 1:], nats, fp32: (b,)."""
     logps, scored = scored_logprobs(model, tokens, loss_mask, mask)
     return logps.masked_fill(~scored, 0.0).sum(1)
+
+
+@torch.no_grad()
+def best_logprobs(model: Any, hidden: Tensor, targets: Tensor, held: int = 1 << 23) -> tuple[Tensor, Tensor]:
+    """Log-probability of each target, nats, fp32, and whether no token is likelier (of equals the first): (m,) each.
+
+    `hidden` (m, d) are final hidden states, which `model.logits` turns into logits, no more than `held` at a time.
+    """
+    logps, best = [], []
+    for part, wanted in zip(*(t.split(max(1, held // model.num_tokens)) for t in (hidden, targets)), strict=True):
+        logits = model.logits(part).float()
+        logps.append(-F.cross_entropy(logits, wanted, reduction="none"))
+        best.append(logits.argmax(-1) == wanted)
+    return torch.cat(logps), torch.cat(best)
