@@ -17,10 +17,11 @@ from tqdm import tqdm
 from xalign import distributed, sampling
 from xalign.backends.base import Completion, SamplingParams
 from xalign.backends.native import NativeBackend
-from xalign.config import PromptOptions, QuantOptions, SamplingOptions
+from xalign.config import QuantOptions
 from xalign.data.chat_template import Rendered, render, render_text
 from xalign.data.records import Message
 from xalign.errors import ConfigError, DataError, reject_unknown
+from xalign.generate_config import PromptOptions, SamplingOptions
 from xalign.loading import load
 from xalign.logprobs import best_logprobs
 from xalign.scoring import parse
