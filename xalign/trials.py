@@ -219,7 +219,8 @@ def run_text(run: TextRun, folder: Path, path: Path) -> dict[str, Any]:
         return best_of_text(run, folder / "reference")
     loss = LossOptions(loss_type=run.method, beta=run.beta, label_smoothing=run.label_smoothing, gamma=run.gamma,
                        alpha=run.alpha)
-    training = TrainingOptions(learning_rate=run.learning_rate, batch_size=run.batch_size, num_train_epochs=run.epochs,
+    size = run.batch_size * (2 if run.method == "kto" else 1)  # which counts texts, not pairs
+    training = TrainingOptions(learning_rate=run.learning_rate, batch_size=size, num_train_epochs=run.epochs,
                                bf16=demo()["bf16"], seed=run.seed)
     options = RunOptions(output_dir=str(path), eval_steps=0, save_steps=50)
     if run.rounds > 1:
