@@ -21,7 +21,7 @@ from xalign.ablation_report import Row, at_kl, checks, half_width, hold_against_
 from xalign.checkpoint import save_pretrained
 from xalign.cli import main
 from xalign.config import ModelOptions
-from xalign.errors import CheckpointError, ConfigError
+from xalign.errors import CheckpointError, ConfigError, RunsFailed
 from xalign.exact import SHARPNESS, TEXTS, Frontier, World, best_of, best_of_kl, draw_pairs, expected, kl, tilted, wins
 from xalign.grids import GRIDS, AblateConfig, AblateOptions, ExactRun, TextRun, runs_of
 from xalign.logprobs import sequence_logprobs
@@ -171,13 +171,18 @@ def test_named_grids_hold_what_they_promise():
     ("def g(): return [ExactRun(), ExactRun()]", "is there twice"),
     ("def g(): return [ExactRun(fraction=0)]", "fraction is 0, allowed is a number in"),
     ("def h(): return []", "no function 'g'"),
-    ("def g(:", "SyntaxError"),
+    ("def g(:", "SyntaxError"), ("def g(): return None", "TypeError: 'NoneType'"),
+    ("def g(): raise ValueError('so')", "ValueError: so"),
+    ("def g(): return [ExactRun(method='sigmoyd')]", "run sigmoyd-seed=0: no loss 'sigmoyd', did you mean 'sigmoid'"),
+    ("def g(): return [TextRun(), TextRun(beta=-1.0)]", "run sigmoid-beta=-1-seed=0: beta is -1.0"),
+    ("def f(a, b): return a\ndef g(): return [ExactRun(method=__file__ + ':f')]", "run mine.f-seed=0: TypeError"),
 ])
 def test_a_grid_that_cant_be_used_is_told_in_a_line(body, told, tmp_path):
     file = tmp_path / "mine.py"
     file.write_text(f"from xalign.grids import ExactRun, TextRun\n{body}\n")
     with pytest.raises(ConfigError, match=told):
-        runs_of(f"{file}:g")
+        run_ablate(AblateConfig(AblateOptions(f"{file}:g", output_dir=str(tmp_path / "none"))))
+    assert not (tmp_path / "none").exists()
 
 
 def test_a_grid_without_name_gets_the_nearest():
@@ -217,7 +222,8 @@ def lab(tmp_path_factory) -> Path:
     run_ablate(AblateConfig(options(folder, limit=4)))
     before = {p: p.read_bytes() for p in (folder / "grid/runs").glob("*.json")}
     assert len(before) == 4
-    run_ablate(AblateConfig(options(folder)))
+    with pytest.raises(RunsFailed, match="1 of 7 runs failed, the first is online-sigmoid"):
+        run_ablate(AblateConfig(options(folder)))
     assert all(p.read_bytes() == b for p, b in before.items())
     return folder
 

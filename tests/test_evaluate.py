@@ -406,6 +406,20 @@ def test_against_chosen_replies_and_a_uniform_model(world, tmp_path, capsys, cha
     assert "warning: the policy's perplexity of text.txt is" in told.err and "**Warning**" in (out / "report.md").read_text()
 
 
+def test_what_is_left_out_is_told_and_names_break_no_table(world, tmp_path, capsys):
+    pairs = [json.loads(line) for line in (world / "pairs.jsonl").read_text().splitlines()][:4]
+    pairs[1]["rejected"] = pairs[1]["chosen"]
+    pairs[2] |= {"source": "a | `b`\n<img src=x>"}
+    pairs[3] |= {"prompt": pairs[3]["prompt"] + "\x00"}
+    (tmp_path / "odd.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    main(arguments(world, tmp_path / "out", "--dataset", str(tmp_path / "odd.jsonl")))
+    [told] = json.loads((tmp_path / "out/evaluation.json").read_text())["left_out"]
+    report = (tmp_path / "out/report.md").read_text()
+    assert "3 of 4 records kept" in told and told in capsys.readouterr().err and told in report
+    assert "| source is a \\| `b` &lt;img src=x> |" in report and "<img" not in report
+    assert "\x00" not in report + (tmp_path / "out/report.html").read_text()
+
+
 def test_models_as_judges_of_chats(world, tmp_path, monkeypatch):
     """A reward model, a pairwise one, and a language model on a server; prompts are a user's turns."""
     net, tokenizer = load_pretrained(world / "policy")
@@ -419,7 +433,13 @@ def test_models_as_judges_of_chats(world, tmp_path, monkeypatch):
     assert [told["win_rates"][judge]["comparisons"] for judge in judges] == [24, 12, 12]
     assert told["win_rates"]["llm:openai:judge"]["win_rate"] == 0.5
     assert told["judges"]["llm:openai:judge"] == {"orders_agree": 0.0, "no_verdict": 0.0}
-    assert "they agree in 0.0% of 12 comparisons" in (out / "run/report.md").read_text()
+    with Server(reply=lambda body: "I would rather not say") as server:
+        monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+        main(arguments(world, out / "mute", "--chat", "--judge", judges[2]))
+    told = json.loads((out / "mute/evaluation.json").read_text())
+    assert told["judges"]["llm:openai:judge"] == {"orders_agree": None, "no_verdict": 1.0}
+    assert "**Warning**: 100.0% of llm:openai:judge's answers hold no verdict" in (out / "mute/report.md").read_text()
+    assert "they agree in 0.0% of the 12 comparisons with two verdicts" in (out / "run/report.md").read_text()
 
 
 class Reader(HTMLParser):

@@ -612,7 +612,7 @@ def test_a_reference_that_follows_the_policy(tmp_path):
     _, fixed = fit(tmp_path / "a", "dpo", logging_steps=1, model=network())
     _, lines = fit(tmp_path / "b", "moving", logging_steps=1, model=network())
     assert losses(lines)[:2] == pytest.approx(losses(fixed)[:2], rel=1e-5) and abs(losses(lines)[3] - losses(fixed)[3]) > 1e-3
-    with pytest.raises(ConfigError, match=r"ref_model_mixup_alpha is 0, allowed is a number in \(0, 1\]"):
+    with pytest.raises(ConfigError, match=r"--ref-model-mixup-alpha is 0, allowed is a number in \(0, 1\]"):
         Moving(dpo, 0, 3)
     with pytest.raises(ConfigError, match="no reference stands beside the policy"):
         Moving(DPO(model, loss="simpo"), 0.6, 3)

@@ -26,11 +26,11 @@ from tqdm import tqdm
 import xalign
 from xalign.ablation_report import write_report
 from xalign.disk import write_atomically
-from xalign.errors import CheckpointError, Interrupted, ProcessLost
+from xalign.errors import CheckpointError, Interrupted, ProcessLost, RunsFailed
 from xalign.grids import AblateConfig, Run, runs_of
 from xalign.prepare import say
 from xalign.runs import RunFolder, read_json, strict
-from xalign.trials import conduct, prepare
+from xalign.trials import conduct, prepare, refuse_bad
 
 RUNS = "runs"
 
@@ -39,6 +39,7 @@ def run_ablate(config: AblateConfig) -> None:
     """The program: what is missing of the grid is made, then all that is there is reported."""
     options = config.ablate
     runs = runs_of(options.grid)
+    refuse_bad(runs)
     folder = Path(options.output_dir or Path("runs/ablate") / options.grid.rsplit(":", 1)[-1])
     if options.dry_run:
         for run in runs:
@@ -57,6 +58,9 @@ def run_ablate(config: AblateConfig) -> None:
         records = [(run, read_json(file)) for run in runs if (file := record_file(folder, run)).exists()]
         print(write_report(folder, options.grid, records, len(runs)))
         say(f"report: {folder / 'report.md'}")
+    if failed := [run.name for run, record in records if "error" in record]:
+        raise RunsFailed(f"{len(failed)} of {len(records)} runs failed, the first is {failed[0]}; the same command tries them "
+                         "again")
 
 
 def record_file(folder: Path, run: Run) -> Path:

@@ -121,9 +121,11 @@ def moved(config: DPOConfig, dpo: DPO) -> Moving | None:
     """The reference that follows the policy, where the settings ask for one. Raises `ConfigError` for those that don't fit."""
     loss, run = config.loss, config.run
     if loss.sync_ref_model:
-        if run.parallel == "fsdp" or run.checkpoint_type == "sharded" or config.lora.lora_r is not None:
-            raise ConfigError("--sync-ref-model with --parallel fsdp, --checkpoint-type sharded or --lora-r: none of these is "
-                              "allowed")
+        against = {"--parallel fsdp": run.parallel == "fsdp", "--checkpoint-type sharded": run.checkpoint_type == "sharded",
+                   "--lora-r": config.lora.lora_r is not None, "--reference-cache": loss.reference_cache is not None}
+        if given := [flag for flag, is_given in against.items() if is_given]:
+            raise ConfigError(f"--sync-ref-model and {given[0]} are both given, allowed is one of them: the reference changes, "
+                              "and is held whole beside the policy")
         return Moving(dpo, loss.ref_model_mixup_alpha, loss.ref_model_sync_steps)
     for f in fields(loss):
         if f.name in ("ref_model_mixup_alpha", "ref_model_sync_steps") and getattr(loss, f.name) != f.default:

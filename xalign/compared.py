@@ -14,11 +14,12 @@ from xalign.complete import as_prompt
 from xalign.data.chat_template import render_prompt
 from xalign.data.files import raw_records
 from xalign.data.records import Message, PreferencePair, Text
+from xalign.data.shapes import ReadReport
 from xalign.data.sources import columns_by_file, iter_pairs
 from xalign.errors import ConfigError
 from xalign.evaluate_config import ComparedOptions, EvaluateConfig
 from xalign.nn.transformer import TransformerWrapper
-from xalign.prepare import EMBEDDED
+from xalign.prepare import EMBEDDED, say
 from xalign.stages import choose_device, load_model
 from xalign.tokenizers import Tokenizer
 
@@ -28,15 +29,20 @@ def files_of(config: EvaluateConfig) -> list[str]:
     return list(config.data.dataset or embedded)
 
 
-def read(config: EvaluateConfig, files: Sequence[str]) -> tuple[list[PreferencePair], dict[str, str]]:
-    """The pairs, at most --limit, and where each comes from, by its `path:line`."""
+def read(config: EvaluateConfig, files: Sequence[str]) -> tuple[list[PreferencePair], dict[str, str], list[str]]:
+    """The pairs, at most --limit; where each comes from, by its `path:line`; and of each file what was left out of it."""
     options = config.data
     columns = columns_by_file(options.columns, files)
     pairs: list[PreferencePair] = []
     sources: dict[str, str] = {}
+    lost: list[str] = []
     for file in files:
         left = None if options.limit is None else options.limit - len(pairs)
-        own = list(itertools.islice(iter_pairs(file, empty=options.empty, columns=columns[file]), left))
+        report = ReadReport()
+        own = list(itertools.islice(iter_pairs(file, empty=options.empty, columns=columns[file], report=report), left))
+        say(f"{file}: {report}")
+        if report.flaws:
+            lost.append(f"{file}: {report}")
         named = {pair.where: pair for pair in own}  # whose source is still to be found
         records = raw_records(file, (options.source_column, "prompt", "chosen")) if named else iter(())
         while named:
@@ -47,7 +53,7 @@ def read(config: EvaluateConfig, files: Sequence[str]) -> tuple[list[PreferenceP
         pairs += [_as_chat(pair, config) for pair in own]
     if options.system is not None and not options.chat:
         raise ConfigError("--system goes with --chat")
-    return pairs, sources
+    return pairs, sources, lost
 
 
 def _as_chat(pair: PreferencePair, config: EvaluateConfig) -> PreferencePair:

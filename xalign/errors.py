@@ -38,6 +38,12 @@ class NotFinite(XalignError, ArithmeticError):
     exit_status = 1
 
 
+class RunsFailed(XalignError):
+    """Some runs of a grid failed; the message says which, and the report has the others."""
+
+    exit_status = 1
+
+
 class Interrupted(XalignError):
     """A signal stopped the run after its state was saved; the message says how to go on."""
 

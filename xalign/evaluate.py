@@ -4,6 +4,7 @@ What costs time is kept piece by piece in the run's folder (`journal.Journal`): 
 judgements part by part. The same command goes on there, and with other judges it samples nothing again.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
@@ -53,7 +54,7 @@ def run_evaluate(config: EvaluateConfig) -> None:
         raise ConfigError(f"--ref-model is not given and there is no {reference}, allowed is a model to compare with")
     specs = {"reference": reference, "policy": compared.model}
     files = files_of(config)
-    pairs, sources = read(config, files)
+    pairs, sources, lost = read(config, files)
     prompts = [p.prompt for p in pairs]
     if config.data.prompts:
         prompts = [as_prompt(p, config.data, f"{config.data.prompts}: prompt {i}")
@@ -87,7 +88,8 @@ def run_evaluate(config: EvaluateConfig) -> None:
         finally:
             for side in sides.values():
                 side.backend.close()
-        work.result.numbers["asked"] = asked
+        work.result.numbers |= {"asked": asked, "left_out": lost}
+        work.notes += [f"{told}." for told in lost]
         title = f"{compared.model} against {reference if config.judges.against == 'reference' else 'the chosen replies'}"
         pictures = draw_evaluation(run.path, work.result)
         print(write(run.path, title, work.result, work.notes, pictures, {**flatten(config), "ref_model": reference}))
@@ -339,11 +341,18 @@ class Evaluation:
         """How often both orders gave the same winner, and no verdict at all, of a language model."""
         both = [[one[0] for one in pair] for row in answers for pair in row.get("verdicts", [])]
         if both:
-            same = sum(a == b for a, b in both) / len(both)
+            told = [pair for pair in both if None not in pair]
+            same = sum(a == b for a, b in told) / len(told) if told else math.nan
             none = sum(v is None for pair in both for v in pair) / (2 * len(both))
             self.result.numbers.setdefault("judges", {})[judge] = {"orders_agree": same, "no_verdict": none}
-            self.notes.append(f"{judge} was asked in both orders: they agree in {same:.1%} of {len(both):,} comparisons; "
-                              f"{none:.1%} of its answers hold no verdict and count one half.")
+            agree = (f"they agree in {same:.1%} of the {len(told):,} comparisons with two verdicts" if told
+                     else "no comparison got two verdicts")
+            self.notes.append(f"{judge} was asked in both orders: {agree}; {none:.1%} of its answers hold no verdict and count "
+                              "one half.")
+            if none > 0.5:
+                alert = f"{none:.1%} of {judge}'s answers hold no verdict, so its win rate says little"
+                self.result.alerts.append(alert)
+                warn(alert)
 
     def _describe(self) -> None:
         """Notes on what the figures are, and the table of temperatures."""

@@ -210,7 +210,12 @@ def runs_of(name: str) -> list[Run]:
         function = GRIDS[name]
     else:
         raise ConfigError(f"--grid {name}: no such grid{nearest(name, GRIDS)}; allowed are {', '.join(GRIDS)}, or FILE.py:NAME")
-    runs = list(function())
+    try:
+        runs = list(function())
+    except XalignError:
+        raise
+    except Exception as error:  # of a user's function any
+        raise ConfigError(f"--grid {name}: {type(error).__name__}: {error}; allowed is a function that returns runs") from error
     if not runs or not all(isinstance(run, Run) for run in runs) or len({type(run) for run in runs}) > 1:
         raise ConfigError(f"--grid {name}: allowed is a list of ExactRun, or one of TextRun, with a run at least")
     seen: set[str] = set()

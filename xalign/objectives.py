@@ -46,11 +46,11 @@ class Moving:
 
     def __post_init__(self) -> None:
         if not 0 < self.alpha <= 1:
-            raise ConfigError(f"ref_model_mixup_alpha is {self.alpha!r}, allowed is a number in (0, 1]")
+            raise ConfigError(f"--ref-model-mixup-alpha is {self.alpha!r}, allowed is a number in (0, 1]")
         if self.steps < 1:
-            raise ConfigError(f"ref_model_sync_steps is {self.steps!r}, allowed is at least 1")
+            raise ConfigError(f"--ref-model-sync-steps is {self.steps!r}, allowed is at least 1")
         if self.dpo.ref_model is None:
-            raise ConfigError("sync_ref_model: no reference stands beside the policy, allowed is a loss that asks for one, "
+            raise ConfigError("--sync-ref-model: no reference stands beside the policy, allowed is a loss that asks for one, "
                               "without adapters")
 
     @property

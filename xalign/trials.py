@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from xalign.checkpoint import load_pretrained, save_pretrained
 from xalign.config import (
@@ -155,9 +155,7 @@ def train_exact(run: ExactRun, world: World, reference: TransformerWrapper, know
     if run.steps % run.rounds:
         raise ConfigError(f"steps is {run.steps} for {run.rounds} rounds, allowed is a multiple")
     policy = copy.deepcopy(reference).requires_grad_(True)
-    loss: Any = load(run.method, "method") if ".py:" in run.method else run.method
-    dpo = DPO(policy, beta=run.beta, ref_model=reference, loss=loss, label_smoothing=run.label_smoothing,
-              loss_options={"gamma": run.gamma, "alpha": run.alpha})
+    dpo = loss_of(run, policy, reference)
     groups, per_round = max(1, round(run.draws * run.fraction / run.rounds)), run.steps // run.rounds
     pairs = run.samples * (run.samples - 1) // 2  # of a group
     sides, order, now = torch.zeros(2, 0), Schedule([1], 1, 0), -1
@@ -283,6 +281,28 @@ def best_of_text(run: TextRun, reference: Path) -> dict[str, Any]:
 
 
 # -- both -----------------------------------------------------------------------------------------------------------
+
+
+def refuse_bad(runs: Sequence[Run]) -> None:
+    """Raise `ConfigError` for the first run whose loss can't be had with its settings, before any is made."""
+    seen = set[Any]()
+    for run in runs:
+        settings = (run.method, run.beta, run.label_smoothing, run.gamma, run.alpha)
+        if run.method == "best_of" or settings in seen:
+            continue
+        seen.add(settings)
+        try:
+            loss_of(run, nn.Identity(), nn.Identity())
+        except Exception as error:  # of a user's loss any
+            told = error if isinstance(error, ConfigError) else f"{type(error).__name__}: {error}"
+            raise ConfigError(f"run {run.name}: {told}") from error
+
+
+def loss_of(run: Run, policy: nn.Module, reference: nn.Module) -> DPO:
+    """The loss of a run; one of a file is called with DPO's names: policy_chosen, policy_rejected, ref_chosen, ref_rejected."""
+    loss: Any = load(run.method, "method") if ".py:" in run.method and isinstance(run, ExactRun) else run.method
+    return DPO(policy, beta=run.beta, ref_model=reference, loss=loss, label_smoothing=run.label_smoothing,
+               loss_options={"gamma": run.gamma, "alpha": run.alpha})
 
 
 def prepare(runs: Sequence[Run], folder: Path, given: str | None) -> None:

@@ -1,9 +1,10 @@
 """`report.html`: one file with everything in it, readable on a phone; nothing is loaded from anywhere."""
 
 import base64
+import html
 import json
+import re
 from collections.abc import Sequence
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from xalign.data.records import Text
 from xalign.disk import write_atomically
 from xalign.evaluation.figures import Comparison
 
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")  # of no use on a page, and a file with NUL is no text
 SHOWN = 200  # prompts whose samples are on the page
 # what a browser may do with the page, whatever a model has written: its own style and script, pictures that are in it
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
@@ -77,6 +79,10 @@ def write_page(path: Path, title: str, result: Comparison, head: Sequence[str], 
             f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<link rel="icon" href="data:,">\n'
             f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n<style>{STYLE}</style>\n</head>\n<body>\n')
     write_atomically(path, page + "\n".join(parts) + script + "\n</body>\n</html>\n")
+
+
+def escape(text: str) -> str:
+    return html.escape(CONTROL.sub("\N{REPLACEMENT CHARACTER}", text))
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 from xalign.data.records import Text
 from xalign.disk import write_atomically
 from xalign.evaluation.figures import Comparison
-from xalign.evaluation.page import write_page
+from xalign.evaluation.page import CONTROL, write_page
 from xalign.runs import METRICS, read_jsonl, strict
 
 MODELS = ("untrained", "reference", "policy")
@@ -63,8 +63,9 @@ def table_rows(result: Comparison) -> tuple[list[str], list[list[str]]]:
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table in Markdown."""
-    lines = ["|" + "|".join(f" {cell} " if cell else " " for cell in row) + "|" for row in (head, *rows)]
+    """A table in Markdown; cells may hold a user's names."""
+    cells = [[" ".join(cell.split()).replace("|", "\\|").replace("<", "&lt;") for cell in row] for row in (head, *rows)]
+    lines = ["|" + "|".join(f" {cell} " if cell else " " for cell in row) + "|" for row in cells]
     return "\n".join([lines[0], "|" + "---|" * len(head), *lines[1:]])
 
 
@@ -82,7 +83,7 @@ def _samples(result: Comparison) -> list[str]:
 def prose(text: Text) -> str:
     """Text for one Markdown line: a quoted model must not make headings, links or tables of ours."""
     whole = text if isinstance(text, str) else " ".join(f"[{m.role}] {m.content}" for m in text)
-    clean = " ".join(whole.split())
+    clean = CONTROL.sub("\N{REPLACEMENT CHARACTER}", " ".join(whole.split()))
     for mark in "\\`*_[]<>|#~$&":
         clean = clean.replace(mark, "\\" + mark)
     return clean.replace("://", "\\://").replace("www.", "www\\.")
