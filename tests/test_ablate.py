@@ -26,7 +26,7 @@ from xalign.exact import SHARPNESS, TEXTS, Frontier, World, best_of, best_of_kl,
 from xalign.grids import GRIDS, AblateConfig, AblateOptions, ExactRun, TextRun, runs_of
 from xalign.logprobs import sequence_logprobs
 from xalign.stages import scratch_model, scratch_tokenizer
-from xalign.trials import changed_pairs, frontier
+from xalign.trials import changed_pairs, frontier, run_text
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -318,6 +318,31 @@ def test_each_row_is_held_against_dpo_at_its_own_divergence():
     assert hold_against_dpo(rows[2:], 1.0) == hold_against_dpo(rows[:2], 1.0) == "" == hold_against_dpo(rows, math.nan)
 
 
+def test_rounds_in_the_text_world_are_xalign_onlines(tmp_path, monkeypatch):
+    """As many pairs as offline, of two draws each, ordered by the known reward; real rounds need a model that writes stories."""
+    asked = []
+
+    def rounds(config):
+        asked.append(config)
+        for number in (0, 3):
+            folder = Path(config.run.output_dir) / f"round-{number}"
+            folder.mkdir(parents=True)
+            found = {name: number + i / 10 for i, name in enumerate(("gold", "kl", "gold_win_rate", "well_formed", "tokens"))}
+            (folder / "evaluation.json").write_text(json.dumps(found))
+
+    monkeypatch.setattr("xalign.trials.run_online", rounds)
+    run = TextRun(rounds=3, beta=0.3, fraction=0.33, seed=5)
+    found = run_text(run, tmp_path, tmp_path / "run")
+    assert found == {"reward": 3.0, "kl": 3.1, "win_rate": 3.2, "well_formed": 3.3, "tokens": 3.4, "reference_reward": 0.0,
+                     "reference_well_formed": 0.3}
+    [config] = asked
+    options, draw = config.online, config.draw
+    assert (options.rounds, options.prompts_per_round, options.reward_model, draw.n) == (3, 440, "gold", 2)
+    assert (config.loss.beta, config.training.seed, options.eval_prompts, options.eval_samples) == (0.3, 5, 150, 3)
+    with pytest.raises(ConfigError, match=r"noise is 0\.1 in 3 rounds"):
+        run_text(replace(run, noise=0.1), tmp_path, tmp_path / "other")
+
+
 # -- slow ---------------------------------------------------------------------------------------------------------------
 
 
@@ -382,15 +407,11 @@ def test_a_text_grid_trains_as_xalign_dpo_does_from_a_given_reference(tmp_path):
         "    base = TextRun(fraction=.02, noise=.1, prompts=3, samples=1, beta=.5)\n"
         "    small = TextRun(fraction=.02, prompts=3, samples=1)\n"
         "    return [*crossed(base, method=('sigmoid', 'kto'), seed=(0, 1)), replace(small, method='unlikelihood', alpha=.2),"
-        " replace(small, rounds=2, beta=.5), TextRun(method='best_of', n=3, prompts=3, samples=1)]\n")
+        " TextRun(method='best_of', n=3, prompts=3, samples=1)]\n")
     run_ablate(AblateConfig(options(tmp_path, reference=str(tmp_path / "base"))))
     result = json.loads((tmp_path / "grid/results.json").read_text())
-    assert [row["loss"] for row in result["rows"]] == ["sigmoid", "kto", "unlikelihood", "online sigmoid", "best_of"]
-    [rounds] = (tmp_path / "grid/runs").glob("online-*/metrics.jsonl")
-    last = [json.loads(line) for line in rounds.open()][-1]
-    online = result["rows"][3]["figures"]
-    assert result["runs"] == 7 and last["step"] == 2
-    assert [last["gold"], last["kl"]] == [online[name]["mean"] for name in ("reward", "kl")]
+    assert [row["loss"] for row in result["rows"]] == ["sigmoid", "kto", "unlikelihood", "best_of"]
+    assert result["runs"] == 6
     [run] = (tmp_path / "grid/runs").glob("sigmoid-*-seed=1/evaluation.json")
     evaluation = json.loads(run.read_text())
     assert result["rows"][0]["figures"]["kl"]["values"][1] == evaluation["kl"]
