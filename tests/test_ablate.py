@@ -319,7 +319,7 @@ def test_each_row_is_held_against_dpo_at_its_own_divergence():
 
 
 def test_rounds_in_the_text_world_are_xalign_onlines(tmp_path, monkeypatch):
-    """As many pairs as offline, of two draws each, ordered by the known reward; real rounds need a model that writes stories."""
+    """As many pairs as offline, of two draws each, ordered by the known reward; real rounds need a model of stories."""
     asked = []
 
     def rounds(config):
