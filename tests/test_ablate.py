@@ -412,6 +412,9 @@ def test_a_text_grid_trains_as_xalign_dpo_does_from_a_given_reference(tmp_path):
     result = json.loads((tmp_path / "grid/results.json").read_text())
     assert [row["loss"] for row in result["rows"]] == ["sigmoid", "kto", "unlikelihood", "best_of"]
     assert result["runs"] == 6
+    sizes = {name: {json.loads(p.read_text())["batch_size"] for p in (tmp_path / "grid/runs").glob(f"{name}-*/config.json")}
+             for name in ("sigmoid", "kto")}
+    assert sizes == {"sigmoid": {16}, "kto": {32}}, "kto counts texts, so its steps would hold half as many pairs"
     [run] = (tmp_path / "grid/runs").glob("sigmoid-*-seed=1/evaluation.json")
     evaluation = json.loads(run.read_text())
     assert result["rows"][0]["figures"]["kl"]["values"][1] == evaluation["kl"]

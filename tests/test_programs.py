@@ -157,6 +157,17 @@ def test_dpo_from_a_model_and_with_a_reference(finished, toy, capsys):
     assert json.loads((toy / "other/policy/config.json").read_text())["dtype"] == "bfloat16"
 
 
+@pytest.mark.parametrize("given", [True, False])
+def test_a_policy_is_measured_against_the_reference_before_it_moved(finished, toy, given):
+    run, _ = finished
+    options = ["--config", toy / "given.json", "--model", run / "reference", "--output-dir", toy / f"moving-{given}",
+               *(["--ref-model", run / "reference"] if given else []), "--sync-ref-model"]
+    assert call("dpo", *options, "--ref-model-sync-steps", 1, "--ref-model-mixup-alpha", 1) == 0
+    before, found = (json.loads((r / "evaluation.json").read_text()) for r in (run, toy / f"moving-{given}"))
+    assert found["perplexity_reference"] == pytest.approx(before["perplexity_reference"], rel=1e-5)
+    assert abs(found["perplexity_policy"] / found["perplexity_reference"] - 1) > 1e-4 and found["kl"] != 0
+
+
 def test_interrupt_saves_and_the_same_command_goes_on(finished, toy):
     run, _ = finished
     command = [sys.executable, "-c", "import xalign.training as t, os, signal, sys\nfrom xalign.cli import main\n"

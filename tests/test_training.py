@@ -62,15 +62,11 @@ def fit(folder: Path, kind: str = "sft", size: int = 4, accumulation: int = 1, s
             poison_once(model)
         return plain(step)
 
-    moving = None
-    if kind == "sft":
-        objective = SFT(model)
-    elif kind == "moving":
-        dpo = DPO(model, beta=0.3)
+    dpo, moving = DPO(model, beta=0.3), None
+    if kind == "moving":
         objective, moving = Preference(dpo), Moving(dpo, alpha=0.6, steps=2)
     else:
-        dpo = DPO(model, beta=0.3)
-        objective = Preference(dpo, pairs_logps(dpo, dpo.ref_model, PAIRS, 0))
+        objective = SFT(model) if kind == "sft" else Preference(dpo, pairs_logps(dpo, dpo.ref_model, PAIRS, 0))
     settings = {"learning_rate": 1e-3, "warmup_steps": 2, "logging_steps": 2, "eval_steps": 3, "save_steps": 0} | options
     run = RunFolder(folder)
     folder.mkdir(exist_ok=True)

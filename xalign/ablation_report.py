@@ -54,6 +54,10 @@ class Row:
     def own(self) -> dict[str, Any]:
         return {k: v for k, v in self.run.own.items() if k not in self.shared}
 
+    @property
+    def name(self) -> str:
+        return " ".join(filter(None, (self.run.label, self.run.told(self.own))))
+
     def mean(self, name: str) -> float:
         return float(np.mean(self.figures[name])) if self.figures.get(name) else math.nan
 
@@ -120,13 +124,12 @@ def hold_against_dpo(rows: Sequence[Row], start: float, known: Frontier | None =
     clear, close, below, beyond = groups.values()
     reach = max(row.mean("kl") for row in plain)
     for row in others:
-        name = " ".join(filter(None, (row.run.label, row.run.told(row.own))))
         if row.mean("kl") > reach:
-            beyond.append(f"{name} (KL {row.mean('kl'):.1f})")
+            beyond.append(f"{row.name} (KL {row.mean('kl'):.1f})")
             continue
         row.dpo = at_kl(plain, start, row.mean("kl"), known)
         gain, half = row.mean("reward") - row.dpo, half_width(row.figures["reward"])
-        (below if gain <= 0 else clear if gain > half else close).append(f"{name} ({gain:+.3f})")
+        (below if gain <= 0 else clear if gain > half else close).append(f"{row.name} ({gain:+.3f})")
     return "Reward at equal KL beside DPO's, which is read off between its β:\n\n" + "\n".join(
         f"- {title}: {', '.join(names) or 'none'}" for title, names in groups.items())
 
@@ -165,9 +168,9 @@ def checks(rows: Sequence[Row], known: Frontier) -> list[tuple[str, bool]]:
     for row in rows if plain else ():
         if row.run.method in ("sft", "unlikelihood"):
             there = at_kl(plain, known.start, row.mean("kl"), known)
-            name = " ".join(filter(None, (row.run.label, row.run.setting)))
             budget, reward = row.mean("kl"), row.mean("reward")
-            found.append((f"DPO is above {name} at its KL of {budget:.3f}: {there:.3f} against {reward:.3f}", there > reward))
+            told = f"DPO is above {row.name} at its KL of {budget:.3f}: {there:.3f} against {reward:.3f}"
+            found.append((told, there > reward))
         elif row.run.method == "best_of" and row.run.n == 16:
             error = abs(row.mean("kl") / row.mean("optimum_kl") - 1)
             found.append((f"the KL of the best of 16 is ln 16 - 15/16: off by {error:.2%}", error < 0.01))

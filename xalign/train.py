@@ -223,12 +223,12 @@ def prefer(config: DPOConfig, run: RunFolder, data: Split[Any], examples: Source
     forget(run, "tokens", "tokens-sft", "reference-logps")
     if dpo.labelled and isinstance(held_out[0], PreferencePair):  # which tell more as pairs
         eval_rows = in_memory(encode_pairs, held_out, tokenizer, max_length, mode, "held out pairs")
-    # a loss that asks for none, and adapters that play it when they are off: the model before alignment is read again
+    # a loss that asks for none, adapters that play it when they are off, one that moved: the first is read again
     reference = dpo.ref_model
     if reference is None or config.loss.sync_ref_model:
-        if given is not None and config.loss.sync_ref_model:
-            given = given_model(config, str(config.loss.ref_model), device)
-        reference = given[0] if given is not None else load_pretrained(run.path / "reference", config.run.dtype, device)[0]
+        first = config.loss.ref_model
+        reference = (given_model(config, first, device) if first else
+                     load_pretrained(run.path / "reference", config.run.dtype, device))[0]
     if config.lora.lora_r is not None:  # from here on the policy is what was written: without adapters, not quantised
         del policy, dpo
         dpo = preference(config, load_pretrained(finished, device=device)[0], reference)

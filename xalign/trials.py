@@ -193,6 +193,7 @@ def fresh(path: Path) -> RunFolder:
 # -- the text world -------------------------------------------------------------------------------------------------
 
 
+@lru_cache(maxsize=1)
 def demo() -> dict[str, Any]:
     """The settings of `make demo`, for models and texts of the toy world's size."""
     found: dict[str, Any] = json.loads((EMBEDDED / "demo.json").read_text(encoding="utf-8"))
